@@ -1,0 +1,73 @@
+"""One module per backend, and the choice between them.
+
+A backend module has three functions: ``unavailable(device_type) -> str | None`` (None, or why it cannot run there),
+``forward(ForwardInputs, ForwardOutputs)`` and ``backward(BackwardInputs)``. It never checks arguments: the op did.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Protocol, cast
+
+import torch
+
+from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs
+
+logger = logging.getLogger("cepo_kernels")
+
+CPU_VARIANTS = ("cpu:avx512", "cpu:avx2", "cpu:portable")
+NAMES = ("triton", "cpu", "reference", *CPU_VARIANTS)
+_PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+
+
+class Backend(Protocol):
+    """The three functions of a backend module."""
+
+    unavailable: Callable[[str], str | None]
+    forward: Callable[[ForwardInputs, ForwardOutputs], None]
+    backward: Callable[[BackwardInputs], None]
+
+
+@cache
+def load(name: str) -> Backend:
+    """The backend called ``name``; ``cpu:avx2`` is the ``cpu`` backend held to one instruction set."""
+    module, _, variant = name.partition(":")
+    found = importlib.import_module(f".{module}", __name__)
+    return cast(Backend, found.Variant(variant) if variant else found)
+
+
+@cache
+def unavailable(name: str, device_type: str) -> str | None:
+    """None when the backend runs on tensors of this device type here, else the reason in one line."""
+    return load(name).unavailable(device_type)
+
+
+@cache
+def choose(name: str, device_type: str, dtype: torch.dtype) -> Backend:
+    """The backend for a call: ``name``, or for "auto" the fastest that can run, which is logged once.
+
+    Raises:
+        ValueError: the name is unknown, or float64 logits were given to a backend other than ``reference``.
+        RuntimeError: the named backend cannot run on this machine or device.
+    """
+    if name == "auto":
+        for candidate in preference(device_type, dtype):
+            if unavailable(candidate, device_type) is None:
+                logger.info("cepo_kernels uses the %s backend for %s tensors on %s", candidate, dtype, device_type)
+                return load(candidate)
+    if name not in NAMES:
+        raise ValueError(f"backend: expected 'auto' or one of {', '.join(NAMES)}; got {name!r}")
+    if dtype == torch.float64 and name != "reference":
+        raise ValueError(f"backend: float64 logits need backend='reference' or 'auto'; got {name!r}")
+    reason = unavailable(name, device_type)
+    if reason is not None:
+        raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
+    return load(name)
+
+
+def preference(device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """Backends that ``auto`` tries, in order."""
+    return ("reference",) if dtype == torch.float64 else _PREFERENCE.get(device_type, ("reference",))

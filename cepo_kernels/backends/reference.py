@@ -1,0 +1,96 @@
+"""The reference backend: `cepo_kernels.reference`, a bounded number of rows at a time. Any device, any dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, RowOptions
+
+_ELEMENTS = 1 << 22  # per chunk; several float64 temporaries of this size are alive at once
+
+
+def unavailable(device_type: str) -> str | None:
+    return None
+
+
+def forward(inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
+    for buffer in outputs:
+        buffer.zero_()
+    for rows in _scored(inputs.policy, inputs.labels, inputs.options.ignore_index):
+        labels, options = inputs.labels[rows], inputs.options
+        policy = _terms(inputs.policy, rows, labels, options)
+        outputs.logprobs[rows] = policy.logprobs.to(outputs.logprobs.dtype)
+        if outputs.entropy.numel():
+            outputs.entropy[rows] = policy.entropy.to(outputs.entropy.dtype)
+        negative = policy.logprobs
+        if inputs.negative is not None:
+            used = torch.ones_like(labels, dtype=torch.bool)
+            if inputs.negative_mask is not None:
+                used = inputs.negative_mask[rows]
+            negative = policy.logprobs.clone()
+            negative[used] = _terms(inputs.negative, rows[used], labels[used], options).logprobs
+            outputs.negative_logprobs[rows] = negative.to(outputs.negative_logprobs.dtype)
+        advantages = None if inputs.advantages is None else inputs.advantages[rows].double()
+        if inputs.positive is not None:
+            positive = _terms(inputs.positive, rows, labels, options).logprobs
+            outputs.positive_logprobs[rows] = positive.to(outputs.positive_logprobs.dtype)
+            credit = reference.credit(
+                positive, negative, advantages, inputs.lam.to(positive), inputs.eps_w.to(positive)
+            )
+            outputs.evidence[rows] = credit.evidence.to(outputs.evidence.dtype)
+            if credit.weight is not None and credit.advantages is not None:
+                outputs.weight[rows] = credit.weight.to(outputs.weight.dtype)
+                outputs.advantages[rows] = credit.advantages.to(outputs.advantages.dtype)
+        elif advantages is not None:
+            outputs.advantages[rows] = advantages.to(outputs.advantages.dtype)
+
+
+def backward(inputs: BackwardInputs) -> None:
+    skipped = inputs.labels == inputs.options.ignore_index
+    idle = torch.ones_like(skipped)
+    for upstream in (inputs.grad_logprobs, inputs.grad_entropy):
+        if upstream is not None:
+            idle &= upstream == 0
+    inner = inputs.policy.shape[1]
+    for rows in _chunks((skipped | idle).nonzero().squeeze(1), inputs.policy.shape[-1]):
+        inputs.gradient[rows // inner, rows % inner] = 0
+    for rows in _chunks((~(skipped | idle)).nonzero().squeeze(1), inputs.policy.shape[-1]):
+        labels = inputs.labels[rows]
+        raw = inputs.policy[rows // inner, rows % inner]
+        x, slope = _transform(raw, rows, inputs.options)
+        gradient = reference.logits_gradient(
+            reference.row_terms(x, labels),
+            slope,
+            labels,
+            None if inputs.grad_logprobs is None else inputs.grad_logprobs[rows],
+            None if inputs.grad_entropy is None else inputs.grad_entropy[rows],
+        )
+        inputs.gradient[rows // inner, rows % inner] = gradient.to(inputs.gradient.dtype)
+
+
+def _terms(logits: Tensor, rows: Tensor, labels: Tensor, options: RowOptions) -> reference.Rows:
+    inner = logits.shape[1]
+    return reference.row_terms(_transform(logits[rows // inner, rows % inner], rows, options)[0], labels)
+
+
+def _transform(raw: Tensor, rows: Tensor, options: RowOptions) -> tuple[Tensor, Tensor]:
+    temperature = options.temperature.to(raw.device)
+    cap = options.logit_softcap
+    return reference.transform(
+        raw,
+        temperature if temperature.ndim == 0 else temperature[rows],
+        options.logit_scale.to(raw.device),
+        None if cap is None else cap.to(raw.device),
+    )
+
+
+def _scored(logits: Tensor, labels: Tensor, ignore_index: int) -> Iterator[Tensor]:
+    return _chunks((labels != ignore_index).nonzero().squeeze(1), logits.shape[-1])
+
+
+def _chunks(rows: Tensor, vocabulary: int) -> Iterator[Tensor]:
+    return iter(rows.split(max(1, _ELEMENTS // vocabulary))) if rows.numel() else iter(())

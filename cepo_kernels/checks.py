@@ -1,0 +1,150 @@
+"""Argument checks, made once by the ops before anything is launched. Each error names the argument."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_logits(name: str, logits: Tensor, labels: Tensor) -> None:
+    """``logits`` must be (*labels.shape, V) of a floating dtype with a contiguous last dimension."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(logits).__name__}")
+    if logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {logits.dtype}")
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name}: expected shape (..., V) with V >= 1, got {tuple(logits.shape)}")
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"{name}: expected leading shape {tuple(labels.shape)} as labels have, got {tuple(logits.shape)}"
+        )
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(f"{name}: expected a contiguous last dimension, got strides {logits.stride()}")
+    _same_device(name, logits, labels)
+
+
+def check_teacher(name: str, teacher: Tensor | None, policy: Tensor, labels: Tensor) -> None:
+    """A teacher's logits must have the policy's vocabulary; its dtype may differ."""
+    if teacher is None:
+        return
+    check_logits(name, teacher, labels)
+    if teacher.shape[-1] != policy.shape[-1]:
+        raise ValueError(f"{name}: expected V = {policy.shape[-1]} as policy_logits have, got {teacher.shape[-1]}")
+
+
+def check_labels(labels: Tensor) -> None:
+    """Labels must be int32 or int64."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"labels: expected int32 or int64, got {labels.dtype}")
+
+
+def check_row_values(name: str, value: Tensor | None, labels: Tensor, *, boolean: bool = False) -> None:
+    """One value per row: 0-d, or as many dimensions as the labels, each 1 or equal."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if boolean and value.dtype != torch.bool:
+        raise TypeError(f"{name}: expected bool, got {value.dtype}")
+    if not boolean and not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
+    if value.ndim == 0:
+        return
+    _same_device(name, value, labels)
+    shape = tuple(labels.shape)
+    if value.ndim != labels.ndim or any(got not in (1, size) for got, size in zip(value.shape, shape, strict=True)):
+        hint = ""
+        if labels.ndim == 2 and value.ndim == 1 and value.shape[0] == shape[0]:
+            hint = f"; for one value per rollout pass {name}[:, None]"
+        raise ValueError(
+            f"{name}: expected a 0-d tensor or shape {shape} with any dimension 1, got {tuple(value.shape)}{hint}"
+        )
+
+
+def scalar(name: str, value: float | Tensor) -> Tensor:
+    """A number or 0-d tensor as a 0-d tensor.
+
+    The addition is what lets `torch.compile` take a Python float as an input of the graph: a schedule of fifty values
+    compiles once, where a constant would compile fifty times.
+    """
+    if isinstance(value, Tensor):
+        if value.ndim != 0:
+            raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        return value.detach()
+    if isinstance(value, (bool, str)) or value is None:
+        raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(value).__name__}")
+    return torch.zeros((), dtype=torch.float64) + value
+
+
+def check_values(
+    labels: Tensor,
+    vocabulary: int,
+    ignore_index: int,
+    lam: Tensor,
+    eps_w: Tensor,
+    temperature: Tensor,
+    logit_scale: Tensor,
+    logit_softcap: Tensor | None,
+) -> None:
+    """Values that live on the CPU; reading those of an accelerator would stall its queue."""
+    if labels.device.type == "cpu":
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+        if wrong.any():
+            raise ValueError(
+                f"labels: expected {ignore_index} or 0 <= label < {vocabulary}, got {int(labels[wrong][0])}"
+            )
+    check_credit_values(lam, eps_w)
+    _within("logit_scale", logit_scale, "a positive finite number", lambda v: 0 < v < float("inf"))
+    if logit_softcap is not None:
+        _within("logit_softcap", logit_softcap, "a positive finite number", lambda v: 0 < v < float("inf"))
+    if temperature.ndim == 0:
+        _within("temperature", temperature, "a positive finite number", lambda v: 0 < v < float("inf"))
+    elif temperature.device.type == "cpu":
+        scored = (labels != ignore_index).expand(labels.shape)
+        wrong = scored & ~((temperature > 0) & (temperature < torch.inf))
+        if wrong.any():
+            got = float(temperature.expand(labels.shape)[wrong][0])
+            raise ValueError(f"temperature: expected a positive finite number for every scored row, got {got}")
+
+
+def check_credit_values(lam: Tensor, eps_w: Tensor) -> None:
+    """``lam`` in [0, 1] and ``eps_w`` in [0, 1), where they live on the CPU."""
+    _within("lam", lam, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+    _within("eps_w", eps_w, "a number in [0, 1)", lambda v: 0 <= v < 1)
+
+
+def check_in_place(policy: Tensor, teachers: dict[str, Tensor | None]) -> None:
+    """The gradient may be written over ``policy`` only if nobody else needs those bytes."""
+    if policy.is_leaf:
+        raise ValueError("inplace_grad: policy_logits is a leaf tensor, whose values the gradient would overwrite")
+    if any(size > 1 and stride == 0 for size, stride in zip(policy.shape, policy.stride(), strict=True)):
+        raise ValueError("inplace_grad: policy_logits is an expanded tensor, whose rows share memory")
+    first, last = _extent(policy)
+    for name, teacher in teachers.items():
+        if teacher is not None:
+            start, end = _extent(teacher)
+            if start < last and first < end:
+                raise ValueError(f"inplace_grad: policy_logits shares memory with {name}")
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """First byte and one past the last that a tensor can touch."""
+    if tensor.numel() == 0:
+        return 0, 0
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
+
+
+def _within(name: str, value: Tensor, expected: str, holds: object) -> None:
+    assert callable(holds)
+    if value.device.type == "cpu" and not holds(number := float(value)):
+        raise ValueError(f"{name}: expected {expected}, got {number}")
+
+
+def _same_device(name: str, tensor: Tensor, labels: Tensor) -> None:
+    if tensor.device != labels.device:
+        raise ValueError(f"{name}: expected device {labels.device} as labels have, got {tensor.device}")

@@ -1,0 +1,164 @@
+"""Log-probs under the policy and two teachers, contrastive evidence and token credit, from logits in one pass."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, ops
+from .rows import ForwardOutputs
+
+
+class ContrastiveLogprobs(NamedTuple):
+    """One value per row, in the labels' shape; None where the call did not give what it needs. Ignored rows are 0."""
+
+    logprobs: Tensor  # policy log p(label), differentiable
+    positive_logprobs: Tensor | None
+    negative_logprobs: Tensor  # the policy's, detached, where it stands in for the negative teacher
+    evidence: Tensor | None
+    weight: Tensor | None
+    advantages: Tensor | None
+    entropy: Tensor | None  # of the policy, in nats, differentiable
+
+
+def contrastive_logprobs(
+    policy_logits: Tensor,
+    positive_logits: Tensor | None,
+    negative_logits: Tensor | None,
+    labels: Tensor,
+    advantages: Tensor | None = None,
+    *,
+    negative_mask: Tensor | None = None,
+    lam: float | Tensor = 0.5,
+    eps_w: float | Tensor = 0.5,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float | Tensor = 1.0,
+    logit_softcap: float | Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    inplace_grad: bool = False,
+    backend: str = "auto",
+) -> ContrastiveLogprobs:
+    """Log-probs of the labels under policy and teachers, and the token credit of CEPO (arXiv 2605.19436).
+
+    Each row of the three tensors is read once. ``evidence = log P+ - log P-``,
+    ``weight = clip(exp(sign(A) evidence), 1 - eps_w, 1 + eps_w)``, ``advantages = A ((1 - lam) + lam weight)``.
+    Only ``logprobs`` and ``entropy`` carry a gradient, to ``policy_logits``; it is first-order.
+
+    Args:
+        policy_logits: (..., V) bfloat16, float16, float32 or float64; last dimension contiguous, leading strides
+            free, so that ``logits[:, :-1]`` costs no copy. (Its gradient does: autograd then allocates one for the
+            whole ``logits``; passing all of them with the last label ignored avoids that.)
+        positive_logits: (..., V) of the teacher that is given the correct answer, or None: then there is no
+            evidence, and ``advantages`` come back unweighted.
+        negative_logits: (..., V) of the teacher that is given a wrong answer, or None: then the policy takes its
+            place (RLSD, arXiv 2604.03128).
+        labels: (...) int32 or int64, already shifted. Where ``ignore_index``, the row is never read.
+        advantages: group advantage A, floating; 0-d, or labels.ndim dimensions each 1 or equal.
+        negative_mask: bool, same shapes; where False the policy takes the negative teacher's place.
+        lam: mixing lambda in [0, 1]. eps_w: evidence clip in [0, 1). Numbers or 0-d tensors.
+        temperature: T > 0, a number or tensor shaped like ``advantages``.
+        logit_scale, logit_softcap: ``x' = cap tanh(scale x / cap) / T``; leave the cap None for models that cap
+            their logits themselves.
+        return_entropy: also return the policy's entropy.
+        inplace_grad: write the gradient over ``policy_logits``. Leaves, expanded tensors and logits that share
+            memory with a teacher are refused. Under `torch.compile`, which plans memory itself, it has no effect.
+        backend: "auto" (the fastest that can run), "triton", "cpu" or "reference".
+
+    Returns:
+        `ContrastiveLogprobs`, float32 (float64 if any logits are).
+
+    Raises:
+        TypeError, ValueError: an argument is malformed; the message says which, what was expected and what came.
+            On a GPU a label outside [0, V) gives NaN in its row instead.
+        RuntimeError: a named backend cannot run here.
+    """
+    checks.check_labels(labels)
+    checks.check_logits("policy_logits", policy_logits, labels)
+    checks.check_teacher("positive_logits", positive_logits, policy_logits, labels)
+    checks.check_teacher("negative_logits", negative_logits, policy_logits, labels)
+    checks.check_row_values("advantages", advantages, labels)
+    checks.check_row_values("negative_mask", negative_mask, labels, boolean=True)
+    outputs = run_rows(
+        policy_logits, positive_logits, negative_logits, labels, advantages, negative_mask,
+        lam=lam, eps_w=eps_w, temperature=temperature, logit_scale=logit_scale, logit_softcap=logit_softcap,
+        ignore_index=ignore_index, return_entropy=return_entropy, inplace_grad=inplace_grad, backend=backend,
+    )  # fmt: skip
+    has_evidence = positive_logits is not None
+    return ContrastiveLogprobs(
+        logprobs=outputs.logprobs,
+        positive_logprobs=outputs.positive_logprobs.detach() if has_evidence else None,
+        negative_logprobs=(outputs.logprobs if negative_logits is None else outputs.negative_logprobs).detach(),
+        evidence=outputs.evidence.detach() if has_evidence else None,
+        weight=outputs.weight.detach() if has_evidence and advantages is not None else None,
+        advantages=None if advantages is None else outputs.advantages.detach(),
+        entropy=outputs.entropy if return_entropy else None,
+    )
+
+
+def run_rows(
+    policy_logits: Tensor,
+    positive_logits: Tensor | None,
+    negative_logits: Tensor | None,
+    labels: Tensor,
+    advantages: Tensor | None,
+    negative_mask: Tensor | None,
+    *,
+    lam: float | Tensor,
+    eps_w: float | Tensor,
+    temperature: float | Tensor,
+    logit_scale: float | Tensor,
+    logit_softcap: float | Tensor | None,
+    ignore_index: int,
+    return_entropy: bool,
+    inplace_grad: bool,
+    backend: str,
+) -> ForwardOutputs:
+    """The op behind `contrastive_logprobs` and `token_logprobs`, its number arguments turned into 0-d tensors."""
+    if isinstance(temperature, Tensor):
+        checks.check_row_values("temperature", temperature, labels)
+        temperature = temperature.detach()
+    else:
+        temperature = checks.scalar("temperature", temperature)
+    arguments = (
+        policy_logits,
+        None if positive_logits is None else positive_logits.detach(),
+        None if negative_logits is None else negative_logits.detach(),
+        labels,
+        None if advantages is None else advantages.detach(),
+        negative_mask,
+        checks.scalar("lam", lam),
+        checks.scalar("eps_w", eps_w),
+        temperature,
+        checks.scalar("logit_scale", logit_scale),
+        None if logit_softcap is None else checks.scalar("logit_softcap", logit_softcap),
+        ignore_index,
+        return_entropy,
+        backend,
+    )
+    needs_gradient = torch.is_grad_enabled() and policy_logits.requires_grad
+    if inplace_grad and needs_gradient and not torch.compiler.is_compiling():
+        checks.check_in_place(
+            policy_logits, {"positive_logits": positive_logits, "negative_logits": negative_logits}
+        )
+        return ForwardOutputs(*_InPlace.apply(*arguments))
+    return ForwardOutputs(*ops.forward(*arguments))
+
+
+class _InPlace(torch.autograd.Function):
+    """The same op, its gradient written over the logits: whoever saved them is told by the version counter."""
+
+    @staticmethod
+    def forward(ctx: Any, policy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        output = ops.forward(policy, *rest)
+        ops.save_for_backward(ctx, (policy, *rest), output)
+        ctx.mark_non_differentiable(*output[1:6], output[7])
+        return tuple(output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        policy, *saved = ctx.saved_tensors
+        return ops.gradient(ctx, ops.logits_grad_, policy.detach(), saved, grads)

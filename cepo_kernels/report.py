@@ -1,0 +1,42 @@
+"""Which backend each op would use on this machine, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import backends
+
+OPS = ("token_logprobs", "contrastive_logprobs")
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """``chosen[op][device]`` is a backend's name; ``reasons[device][backend]`` is None where it can run."""
+
+    chosen: dict[str, dict[str, str]]
+    reasons: dict[str, dict[str, str | None]]
+
+    def __str__(self) -> str:
+        lines = []
+        for device, reasons in self.reasons.items():
+            lines.append(f"{device} tensors: " + ", ".join(f"{op} -> {self.chosen[op][device]}" for op in self.chosen))
+            lines += [f"  {name}: {reason or 'can run'}" for name, reason in reasons.items()]
+        return "\n".join(lines)
+
+
+def backend_report() -> BackendReport:
+    """What ``backend="auto"`` picks for bfloat16, float16 and float32 logits, per op and device type.
+
+    float64 logits always take the reference backend, and `contrastive_credit` is plain PyTorch everywhere.
+    """
+    reasons: dict[str, dict[str, str | None]] = {}
+    picked: dict[str, str] = {}
+    for device in ("cuda", "cpu"):
+        candidates = backends.preference(device, torch.bfloat16)
+        reasons[device] = {name: backends.unavailable(name, device) for name in candidates}
+        if device == "cuda" and not torch.cuda.is_available():
+            reasons[device] = dict.fromkeys(candidates, "torch sees no CUDA or ROCm device")
+        picked[device] = next((name for name, reason in reasons[device].items() if reason is None), "none")
+    return BackendReport({op: dict(picked) for op in OPS}, reasons)

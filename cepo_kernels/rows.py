@@ -1,0 +1,116 @@
+"""From the tensors of a call to the rows that a backend sees: collapsed leading dimensions, broadcast row values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowOptions(NamedTuple):
+    """What every row of a call shares. ``temperature`` is 0-d or (N,), everything else 0-d; any device."""
+
+    temperature: Tensor
+    logit_scale: Tensor
+    logit_softcap: Tensor | None
+    ignore_index: int
+
+
+class ForwardInputs(NamedTuple):
+    """Inputs of a backend's forward over N = O * I rows. Logits are (O, I, V), last stride 1, any other strides."""
+
+    policy: Tensor
+    positive: Tensor | None
+    negative: Tensor | None
+    labels: Tensor  # (N,) int64, contiguous
+    advantages: Tensor | None  # (N,) output dtype, contiguous
+    negative_mask: Tensor | None  # (N,) bool, contiguous
+    lam: Tensor  # 0-d
+    eps_w: Tensor  # 0-d
+    options: RowOptions
+
+
+class ForwardOutputs(NamedTuple):
+    """Buffers (N,) that a backend's forward fills, float32 (float64 for float64 logits); empty where not asked for.
+
+    ``stats`` (N, 4) float32 is the backend's own note to its backward.
+    """
+
+    logprobs: Tensor
+    positive_logprobs: Tensor
+    negative_logprobs: Tensor
+    evidence: Tensor
+    weight: Tensor
+    advantages: Tensor
+    entropy: Tensor
+    stats: Tensor
+
+
+class BackwardInputs(NamedTuple):
+    """Inputs of a backend's backward. ``gradient`` (O, I, V) is written, and may be the memory of ``policy``."""
+
+    gradient: Tensor
+    policy: Tensor
+    labels: Tensor  # (N,) int64
+    grad_logprobs: Tensor | None  # (N,) output dtype
+    grad_entropy: Tensor | None  # (N,) output dtype
+    logprobs: Tensor  # (N,) as the forward returned it
+    entropy: Tensor  # (N,), or empty when the forward was not asked for it
+    stats: Tensor  # (N, 4)
+    options: RowOptions
+
+
+def row_values(value: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    """One value per row: ``value`` (0-d, or broadcastable dimension by dimension) as a contiguous (N,) of ``dtype``."""
+    if value is None:
+        return None
+    return value.detach().to(dtype).expand(shape).reshape(-1).contiguous()
+
+
+def blocks(tensors: list[Tensor | None]) -> Iterator[tuple[slice, list[Tensor | None]]]:
+    """Views (O, I, V) of tensors (..., V) of one shape, without a copy, and the slice of rows that each covers.
+
+    Adjacent leading dimensions are merged where the strides of all tensors allow it. Whatever is left beyond two is
+    walked over here, which no usual layout needs.
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    *leading, vocabulary = present[0].shape
+    strides = [list(tensor.stride()[:-1]) for tensor in present]
+    merged: list[int] = []
+    merged_strides: list[list[int]] = [[] for _ in present]
+    for axis, size in enumerate(leading):
+        if size == 1:
+            continue
+        if merged and all(ms[-1] == s[axis] * size for ms, s in zip(merged_strides, strides, strict=True)):
+            merged[-1] *= size
+            for ms, s in zip(merged_strides, strides, strict=True):
+                ms[-1] = s[axis]
+        else:
+            merged.append(size)
+            for ms, s in zip(merged_strides, strides, strict=True):
+                ms.append(s[axis])
+    while len(merged) < 2:
+        merged.insert(0, 1)
+        for ms in merged_strides:
+            ms.insert(0, 0)
+    views = iter(
+        tensor.as_strided((*merged, vocabulary), (*ms, 1)) for tensor, ms in zip(present, merged_strides, strict=True)
+    )
+    whole = [None if tensor is None else next(views) for tensor in tensors]
+    yield from _walk(whole, tuple(merged), 0)
+
+
+def _walk(
+    tensors: list[Tensor | None], leading: tuple[int, ...], start: int
+) -> Iterator[tuple[slice, list[Tensor | None]]]:
+    if len(leading) == 2:
+        yield slice(start, start + leading[0] * leading[1]), tensors
+        return
+    rows = 1
+    for size in leading[1:]:
+        rows *= size
+    for index in range(leading[0]):
+        part = [None if tensor is None else tensor[index] for tensor in tensors]
+        yield from _walk(part, leading[1:], start + index * rows)
