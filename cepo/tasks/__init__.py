@@ -42,7 +42,7 @@ class Task(Protocol):
     """A sensible budget for one completion, in tokens."""
 
     def train(self, index: int, seed: int) -> Problem:
-        """Training problem number `index` of the stream `seed`: a pure function of the two, never a held-out problem."""
+        """Training problem `index` of the stream `seed`: a pure function of the two, never a held-out problem."""
 
     def split(self, name: str, n: int) -> list[Problem]:
         """The first `n` problems of "validation" or "test": distinct, the same for every seed, disjoint from training.
