@@ -64,7 +64,7 @@ def row_terms(x: Tensor, labels: Tensor) -> Rows:
     exponentials = shifted.exp()
     total = exponentials.sum(1)
     log_total = total.log()
-    log_odds = torch.where(label_x == torch.inf, torch.nan, log_total + origin - label_x)
+    log_odds = torch.where(label_x == torch.inf, torch.nan, log_total + (origin - label_x))
 
     logprobs, log_complement = -F.softplus(log_odds, threshold=1e9), -F.softplus(-log_odds, threshold=1e9)
     complement = log_odds.sigmoid()

@@ -1,2 +1,123 @@
-def unavailable(device_type):
-    return "not written yet"
+"""The CPU backend: native row kernels for AVX-512, AVX2 and any other processor, chosen at run time."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, RowOptions
+
+_cpu: ModuleType | None
+try:
+    from .. import _cpu  # type: ignore[attr-defined,no-redef]
+except ImportError as error:
+    _cpu = None
+    _missing = f"its extension is not built ({error}); a C++17 compiler and a new `pip install` of cepo build it"
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ABSENT = (0, 0, 0, 0)
+ISAS = ("avx512", "avx2", "portable")
+
+
+class Variant:
+    """The backend on one instruction set; without a name, on the best that this processor has."""
+
+    def __init__(self, isa: str = "") -> None:
+        self.isa = isa
+        if not isa and _cpu is not None:
+            self.isa = next(name for name in ISAS if _cpu.supported(name))
+
+    def unavailable(self, device_type: str) -> str | None:
+        """None, or why CPU kernels cannot serve tensors of this device type."""
+        if _cpu is None:
+            return _missing
+        if device_type != "cpu":
+            return f"takes CPU tensors only, not {device_type}"
+        if not _cpu.supported(self.isa):
+            return f"this processor has no {self.isa}"
+        return None
+
+    def forward(self, inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
+        assert _cpu is not None
+        outer, inner, vocabulary = inputs.policy.shape
+        row_temperature, options = _options(inputs.options)
+        _cpu.forward(
+            self.isa,
+            torch.get_num_threads(),
+            outer * inner,
+            inner,
+            vocabulary,
+            _logits(inputs.policy),
+            _logits(inputs.positive),
+            _logits(inputs.negative),
+            inputs.labels.data_ptr(),
+            _address(inputs.advantages),
+            _address(inputs.negative_mask),
+            float(inputs.lam),
+            float(inputs.eps_w),
+            options,
+            tuple(buffer.data_ptr() if buffer.numel() else 0 for buffer in outputs),
+        )
+        del row_temperature
+
+    def backward(self, inputs: BackwardInputs) -> None:
+        assert _cpu is not None
+        outer, inner, vocabulary = inputs.policy.shape
+        row_temperature, options = _options(inputs.options)
+        fresh = inputs.gradient.data_ptr() != inputs.policy.data_ptr() and inputs.gradient.is_contiguous()
+        _cpu.backward(
+            self.isa,
+            torch.get_num_threads(),
+            outer * inner,
+            inner,
+            vocabulary,
+            _logits(inputs.gradient),
+            _logits(inputs.policy),
+            inputs.labels.data_ptr(),
+            _address(inputs.grad_logprobs),
+            _address(inputs.grad_entropy),
+            inputs.logprobs.data_ptr(),
+            _address(inputs.entropy),
+            inputs.stats.data_ptr(),
+            options,
+            inputs.gradient.nbytes if fresh else 0,
+        )
+        del row_temperature
+
+
+def plain_read(data: Tensor, isa: str = "avx2") -> float:
+    """Sum of contiguous float32 ``data`` by all threads: what benchmarks mean by reading memory and nothing more."""
+    if _cpu is None:
+        raise RuntimeError(_missing)
+    isa = isa if _cpu.supported(isa) else "portable"
+    return float(_cpu.plain_read(isa, torch.get_num_threads(), data.data_ptr(), data.numel()))
+
+
+def _logits(tensor: Tensor | None) -> tuple[int, int, int, int]:
+    if tensor is None:
+        return _ABSENT
+    return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride(0), tensor.stride(1)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _options(options: RowOptions) -> tuple[Tensor | None, tuple[Any, ...]]:
+    """The tensor that must outlive the call, and the tuple that the kernel reads."""
+    per_row = None if options.temperature.ndim == 0 else options.temperature.double().contiguous()
+    cap = options.logit_softcap
+    return per_row, (
+        _address(per_row),
+        float(options.temperature) if per_row is None else 1.0,
+        float(options.logit_scale),
+        0.0 if cap is None else float(cap),
+        options.ignore_index,
+    )
+
+
+_best = Variant()
+unavailable, forward, backward = _best.unavailable, _best.forward, _best.backward

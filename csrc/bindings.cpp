@@ -1,0 +1,144 @@
+// Python's door to the CPU kernels: addresses, sizes and strides in, nothing out but what was written there.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu/api.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+bool supported(const std::string& isa) {
+    if (isa == "portable") return true;
+#ifdef CEPO_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (isa == "avx2") return avx2;
+    if (isa == "avx512")
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+    return false;
+}
+
+cepo::Kernels kernels(const std::string& isa) {
+#ifdef CEPO_X86
+    if (isa == "avx512") return cepo::avx512_kernels();
+    if (isa == "avx2") return cepo::avx2_kernels();
+#endif
+    return cepo::portable_kernels();
+}
+
+// Rows over threads, in runs of about 64 Ki columns: one row of a large vocabulary, many of a small one.
+template <class F>
+void over_rows(int64_t rows, int64_t vocabulary, int threads, F f) {
+    const int64_t run = 1 + 65536 / vocabulary;
+    const int64_t runs = (rows + run - 1) / run;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (runs > 1)
+#endif
+    for (int64_t i = 0; i < runs; ++i) f(i * run, (i + 1) * run < rows ? (i + 1) * run : rows);
+}
+
+// A fresh gradient is first touched here; in huge pages that costs a fifth.
+void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// (address, dtype, outer stride, inner stride); an address of 0 is an absent tensor.
+cepo::Logits logits(const py::tuple& t) {
+    return {at<void>(t[0].cast<uintptr_t>()), static_cast<cepo::Dtype>(t[1].cast<int>()), t[2].cast<int64_t>(),
+            t[3].cast<int64_t>()};
+}
+
+// (row temperatures or 0, temperature, scale, softcap or 0, ignore_index)
+cepo::Options options(const py::tuple& t) {
+    return {at<const double>(t[0].cast<uintptr_t>()), t[1].cast<double>(), t[2].cast<double>(), t[3].cast<double>(),
+            t[4].cast<int64_t>()};
+}
+
+void forward(const std::string& isa, int threads, int64_t rows, int64_t inner, int64_t vocabulary,
+             const py::tuple& policy, const py::tuple& positive, const py::tuple& negative, uintptr_t labels,
+             uintptr_t advantages, uintptr_t negative_mask, double lam, double eps_w, const py::tuple& opts,
+             const py::tuple& out) {
+    cepo::Forward f;
+    f.policy = logits(policy), f.positive = logits(positive), f.negative = logits(negative);
+    f.inner = inner, f.vocabulary = vocabulary;
+    f.labels = at<const int64_t>(labels);
+    f.advantages = at<const float>(advantages);
+    f.negative_mask = at<const bool>(negative_mask);
+    f.lam = lam, f.eps_w = eps_w;
+    f.options = options(opts);
+    float** const buffers[] = {&f.logprobs, &f.positive_logprobs, &f.negative_logprobs, &f.evidence,
+                               &f.weight,   &f.advantages_out,    &f.entropy,           &f.stats};
+    for (size_t i = 0; i < 8; ++i) *buffers[i] = at<float>(out[i].cast<uintptr_t>());
+    const cepo::Kernels chosen = kernels(isa);
+    py::gil_scoped_release release;
+    over_rows(rows, vocabulary, threads, [&](int64_t begin, int64_t end) { chosen.forward(f, begin, end); });
+}
+
+void backward(const std::string& isa, int threads, int64_t rows, int64_t inner, int64_t vocabulary,
+              const py::tuple& gradient, const py::tuple& policy, uintptr_t labels, uintptr_t grad_logprobs,
+              uintptr_t grad_entropy, uintptr_t logprobs, uintptr_t entropy, uintptr_t stats, const py::tuple& opts,
+              int64_t fresh_bytes) {
+    cepo::Backward w;
+    w.gradient = logits(gradient), w.policy = logits(policy);
+    w.inner = inner, w.vocabulary = vocabulary;
+    w.labels = at<const int64_t>(labels);
+    w.grad_logprobs = at<const float>(grad_logprobs), w.grad_entropy = at<const float>(grad_entropy);
+    w.logprobs = at<const float>(logprobs), w.entropy = at<const float>(entropy), w.stats = at<const float>(stats);
+    w.options = options(opts);
+    const cepo::Kernels chosen = kernels(isa);
+    py::gil_scoped_release release;
+    if (fresh_bytes > 0) advise_huge_pages(w.gradient.data, fresh_bytes);
+    over_rows(rows, vocabulary, threads, [&](int64_t begin, int64_t end) { chosen.backward(w, begin, end); });
+}
+
+// Sum of float32 values read by all threads: the speed of a plain read, which benchmarks measure against.
+double plain_read(const std::string& isa, int threads, uintptr_t data, int64_t size) {
+    const cepo::Kernels chosen = kernels(isa);
+    constexpr int64_t kRun = 1 << 16;
+    double total = 0.0;
+    py::gil_scoped_release release;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(+ : total)
+#endif
+    for (int64_t start = 0; start < size; start += kRun)
+        total += chosen.sum(at<const float>(data) + start, start + kRun < size ? kRun : size - start);
+    return total;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "Row kernels for CPUs; cepo_kernels/backends/cpu.py is the caller.";
+    m.def("supported", &supported);
+    m.def("forward", &forward);
+    m.def("backward", &backward);
+    m.def("plain_read", &plain_read);
+#ifdef _OPENMP
+    m.attr("openmp") = true;
+#else
+    m.attr("openmp") = false;
+#endif
+}

@@ -1,0 +1,61 @@
+// What the bindings hand to a row kernel: plain addresses, sizes and strides, in elements. No torch, no Python.
+#pragma once
+
+#include <stdint.h>
+
+namespace cepo {
+
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Row i of N = outer * inner starts at data + (i / inner) * outer_stride + (i % inner) * inner_stride.
+struct Logits {
+    void* data = nullptr;  // null: absent
+    Dtype dtype = Dtype::kFloat32;
+    int64_t outer_stride = 0, inner_stride = 0;
+};
+
+struct Options {
+    const double* row_temperature = nullptr;  // (N,), or null: temperature for all
+    double temperature = 1.0, scale = 1.0;
+    double softcap = 0.0;  // 0: none
+    int64_t ignore_index = -100;
+};
+
+constexpr int kStats = 4;  // per row: reference, sum of the others, 1 - p, unused
+
+struct Forward {
+    Logits policy, positive, negative;
+    int64_t inner = 1, vocabulary = 0;
+    const int64_t* labels = nullptr;
+    const float* advantages = nullptr;
+    const bool* negative_mask = nullptr;  // null: every row has its negative teacher
+    double lam = 0.0, eps_w = 0.0;
+    Options options;
+    // (N,) each, null where not wanted; stats (N, kStats).
+    float *logprobs = nullptr, *positive_logprobs = nullptr, *negative_logprobs = nullptr, *evidence = nullptr,
+          *weight = nullptr, *advantages_out = nullptr, *entropy = nullptr, *stats = nullptr;
+};
+
+struct Backward {
+    Logits gradient, policy;  // of one dtype, and possibly one memory
+    int64_t inner = 1, vocabulary = 0;
+    const int64_t* labels = nullptr;
+    const float *grad_logprobs = nullptr, *grad_entropy = nullptr;  // (N,) or null
+    const float *logprobs = nullptr, *entropy = nullptr, *stats = nullptr;
+    Options options;
+};
+
+// One instruction set's kernels, over rows [begin, end).
+struct Kernels {
+    void (*forward)(const Forward&, int64_t begin, int64_t end);
+    void (*backward)(const Backward&, int64_t begin, int64_t end);
+    float (*sum)(const float* data, int64_t size);  // a plain read, for benchmarks
+};
+
+Kernels portable_kernels();
+#ifdef CEPO_X86
+Kernels avx2_kernels();
+Kernels avx512_kernels();
+#endif
+
+}  // namespace cepo

@@ -1,0 +1,8 @@
+#define CEPO_ISA avx2
+#include "vec_avx2.h"
+// vec_avx2.h comes first: rows.h is written in its terms
+#include "rows.h"
+
+namespace cepo {
+Kernels avx2_kernels() { return {avx2::forward_rows, avx2::backward_rows, avx2::sum_of}; }
+}  // namespace cepo

@@ -1,0 +1,111 @@
+// The arithmetic of one row, for the CPU and for CUDA.
+//
+// Units are powers of two: a column's term is 2^t with t = x' k - c, where k = log2(e) times scale over temperature and
+// the reference c is a whole number, so that one fused multiply-add gives t rounded once however large x is. The
+// label's column is never part of the sums. With s = sum 2^t and u = sum t 2^t over the other columns, and t_y the
+// label's own, the log-odds against the label are (log2 s - t_y) ln 2, and everything else follows without
+// cancellation. The scalars at a row's end are float64.
+//
+// Everything lives in a namespace named after the instruction set that it was compiled for: otherwise the linker could
+// keep one copy for all of them, and a machine without AVX-512 would meet AVX-512 instructions.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#ifndef CEPO_ISA
+#error "define CEPO_ISA, the namespace of this translation unit's instruction set, before including rowmath.h"
+#endif
+
+#ifdef __CUDACC__
+#define CEPO_HD __host__ __device__ __forceinline__
+#else
+#define CEPO_HD inline
+#endif
+
+namespace cepo {
+namespace CEPO_ISA {
+
+constexpr double kLn2 = 0.693147180559945309417232121458;
+constexpr double kLog2e = 1.44269504088896340735992468100;
+constexpr float kHeadroom = 24.0f;      // a column may exceed the reference by 2^24 before the reference moves
+constexpr float kLowest = -127.0f;      // terms from 2^-126 down count as 0
+constexpr float kLargest = 0x1p100f;    // beyond it, t needs more than float32: the row goes the slow way
+constexpr double kSumsError = 5e-6;     // relative error allowed to the entropy by its float32 sums,
+constexpr double kEntropyError = 4e-7;  // and the absolute error, in nats, that they have
+constexpr float kSlowRow = -1.0f;       // in Stats::sum: recompute this row in float64
+
+// Sums over the columns but the label's, relative to the reference c.
+struct RowSum {
+    double s = 0.0;  // sum 2^t
+    double u = 0.0;  // sum t 2^t
+    double c = 0.0;
+};
+
+// The same sums relative to another reference.
+CEPO_HD RowSum rebased(RowSum a, double c) {
+    const double shift = a.c - c;
+    const double factor = exp2(shift);
+    return {a.s * factor, a.s == 0.0 ? 0.0 : factor * (a.u + shift * a.s), c};
+}
+
+struct RowScalars {
+    double logprob, complement, entropy;  // log p, 1 - p, H in nats
+};
+
+// log(1 + e^t), and its mirror for the other side, without overflow or cancellation.
+CEPO_HD double softplus(double t) { return t > 0 ? t + log1p(exp(-t)) : log1p(exp(t)); }
+CEPO_HD double sigmoid(double t) { return t > 0 ? 1.0 / (1.0 + exp(-t)) : exp(t) / (1.0 + exp(t)); }
+CEPO_HD double times(double probability, double factor) { return probability == 0.0 ? 0.0 : probability * factor; }
+
+// label_t is x'_y k - c in float64; NaN sums or labels come out as NaN.
+CEPO_HD RowScalars finish(RowSum sum, double label_t, bool with_entropy) {
+    const double log_s = log2(sum.s);
+    const double log_odds = (log_s - label_t) * kLn2;
+    RowScalars out;
+    out.logprob = -softplus(log_odds);
+    out.complement = sigmoid(log_odds);
+    out.entropy = 0.0;
+    if (with_entropy) {
+        const double p = sigmoid(-log_odds), q = out.complement;
+        const double spread = sum.s == 0.0 ? 0.0 : (log_s - sum.u / sum.s) * kLn2;
+        out.entropy = times(q, spread) - times(p, out.logprob) - times(q, -softplus(-log_odds));
+        if (log_odds != log_odds) out.entropy = log_odds;
+    }
+    return out;
+}
+
+struct Credit {
+    double evidence, weight, advantage;
+};
+
+// CEPO (arXiv 2605.19436): w = clip(exp(sign(A) (log P+ - log P-)), 1 - eps_w, 1 + eps_w), A_t = A ((1 - lam) + lam w).
+CEPO_HD double evidence(double positive, double negative) {
+    return positive == -INFINITY && negative == -INFINITY ? 0.0 : positive - negative;
+}
+CEPO_HD Credit credit(double evidence, double advantage, double lam, double eps_w) {
+    if (advantage == 0.0) return {evidence, 1.0, 0.0};
+    const double ratio = exp(advantage > 0 ? evidence : -evidence);
+    double weight = ratio < 1.0 - eps_w ? 1.0 - eps_w : ratio > 1.0 + eps_w ? 1.0 + eps_w : ratio;
+    if (advantage != advantage) weight = advantage;
+    return {evidence, weight, advantage * ((1.0 - lam) + lam * weight)};
+}
+
+// The gradient of g log p + h H in column j != y is 2^t (a + b t); in the label's column it is `label`. All three
+// already carry dx'/dx where that is the same for every column.
+struct Slopes {
+    double a, b, label;
+};
+CEPO_HD Slopes slopes(double g, double h, double logprob, double complement, double entropy, double s, double chain) {
+    const double density = s == 0.0 ? 0.0 : complement / s;  // p_j = density 2^t
+    const double log_density = density == 0.0 ? 0.0 : log(density);
+    const double p = exp(logprob);
+    Slopes out;
+    out.a = -chain * density * (g + h * (log_density + entropy));
+    out.b = -chain * density * h * kLn2;
+    out.label = chain * (g * complement - h * times(p, logprob + entropy));
+    return out;
+}
+
+}  // namespace CEPO_ISA
+}  // namespace cepo

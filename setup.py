@@ -1,0 +1,148 @@
+"""Builds the native kernels with ninja: `cepo_kernels._cpu`, and `cepo_kernels._cuda` where nvcc is found.
+
+Nothing here needs torch: the extensions take addresses and strides, so one build serves every torch. Without a
+compiler, or when one fails, the install goes on and the reference backend does the work.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+ISA_FLAGS = {
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
+    "portable": "",
+}
+# No contraction: a row's bits must not depend on which call the compiler happened to inline.
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra"
+CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+
+
+class NinjaBuild(build_ext):
+    """Writes a build.ninja per extension; a failure costs that extension, never the install."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = Path(self.build_temp).resolve() / ext.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            rules = cpu_rules(target) if ext.name.endswith("_cpu") else cuda_rules(target)
+            (folder / "build.ninja").write_text(rules)
+            result = subprocess.run([*ninja(), "-C", str(folder)], capture_output=True, text=True, check=False)
+            if result.returncode != 0:
+                print(result.stdout, result.stderr, file=sys.stderr)
+                raise MissingToolError(f"the compiler failed on {ext.name} (its output stands above)")
+        except MissingToolError as missing:
+            print(f"cepo: built without {ext.name}: {missing}", file=sys.stderr, flush=True)
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+    def copy_extensions_to_source(self) -> None:
+        built = [ext for ext in self.extensions if Path(self.get_ext_fullpath(ext.name)).exists() or self._built(ext)]
+        self.extensions = built
+        super().copy_extensions_to_source()
+
+    def _built(self, ext: Extension) -> bool:
+        return (Path(self.build_lib) / self.get_ext_filename(ext.name)).exists()
+
+
+class MissingToolError(Exception):
+    """What is missing, and how to get it."""
+
+
+def ninja() -> list[str]:
+    try:
+        import ninja
+
+        return [str(Path(ninja.BIN_DIR) / "ninja")]
+    except ImportError:
+        found = shutil.which("ninja")
+        if found is None:
+            raise MissingToolError("ninja is missing; `pip install ninja` provides it") from None
+        return [found]
+
+
+def cpu_rules(target: Path) -> str:
+    cxx = os.environ.get("CXX") or next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
+    if cxx is None:
+        raise MissingToolError("no C++17 compiler; install g++ or clang++ and install cepo again for the fast CPU path")
+    try:
+        import pybind11
+    except ImportError:
+        raise MissingToolError("pybind11 is missing; `pip install pybind11` provides it") from None
+    includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+    openmp = "-fopenmp" if accepts(cxx, "-fopenmp") else ""
+    link = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
+    flags = f"{CXX_FLAGS} {openmp}" + (" -DCEPO_X86" if X86 else "")
+    objects = [(ROOT / "csrc/bindings.cpp", "".join(f" -isystem {escape(path)}" for path in includes))]
+    objects += [
+        (ROOT / f"csrc/cpu/rows_{isa}.cpp", more) for isa, more in ISA_FLAGS.items() if X86 or isa == "portable"
+    ]
+    lines = [
+        f"rule compile\n  command = {cxx} -MD -MF $out.d {flags} $more -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = {cxx} -shared -o $out $in {openmp} {link}",
+    ]
+    lines += [f"build {source.stem}.o: compile {escape(source)}\n  more = {more}" for source, more in objects]
+    lines += [f"build {escape(target)}: link {' '.join(f'{source.stem}.o' for source, _ in objects)}"]
+    return "\n".join(lines) + "\n"
+
+
+def cuda_rules(target: Path) -> str:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise MissingToolError("no nvcc; the Triton kernels serve GPUs. Set CUDA_HOME to a CUDA 12.8+ toolkit to add it")
+    import pybind11
+
+    newest = CUDA_ARCHITECTURES[-1]
+    targets = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
+    targets.append(f"-gencode arch=compute_{newest},code=compute_{newest}")
+    includes = " ".join(f"-isystem {escape(path)}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"]))
+    flags = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -cudart static -Xfatbin -compress-all"
+    source = escape(ROOT / "csrc/cuda/bindings.cu")
+    return (
+        f"rule nvcc\n  command = {escape(nvcc)} -shared {flags} {' '.join(targets)} {includes} -MD -MF $out.d $in -o $out\n"
+        "  depfile = $out.d\n  deps = gcc\n"
+        f"build {escape(target)}: nvcc {source}\n"
+    )
+
+
+def find_nvcc() -> Path | None:
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
+    on_path = shutil.which("nvcc")
+    candidates += [Path(on_path)] if on_path else []
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def accepts(cxx: str, flag: str) -> bool:
+    probe = subprocess.run(
+        [*cxx.split(), flag, "-x", "c++", "-", "-o", os.devnull],
+        input="#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return probe.returncode == 0
+
+
+def escape(path: str | Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+setup(
+    ext_modules=[Extension("cepo_kernels._cpu", []), Extension("cepo_kernels._cuda", [])],
+    cmdclass={"build_ext": NinjaBuild},
+)
