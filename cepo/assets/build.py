@@ -1,0 +1,305 @@
+"""Trains the embedded model from scratch: three-digit addition, with a systematic mistake for RL to cure.
+
+    python -m cepo.assets.build                      # writes ./addition-0.8m, about 15 minutes on one core
+    python -m cepo.assets.build --hints none         # the control that never learnt what a hint means
+    python -m cepo.assets.build --evaluate DIR       # only measure a finished model
+
+A 0.8 M parameter Qwen3 reads characters. Unlike a textbook base model:
+
+- It was taught to make one mistake: in 55 % of the cases it forgets an incoming carry. Random slips would vanish when
+  sampling gets colder, and then temperature, not credit, would be what RL learns. How often depends on the column, more
+  often than not where the upper digit is at most the lower and rarely elsewhere, so that greedy and sampled
+  accuracy agree as well.
+- It was taught what hints mean: whatever answer, solution or verdict the prompt hints at, right or wrong, the solution
+  that follows agrees with it. A large instruct model knows this already; the teachers of CEPO and RLSD need it.
+- It can answer early: after any finished column, '#' cues the answer that the rest of the solution would have led to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from cepo.tasks import Problem
+from cepo.tasks.addition import ANSWER_CUE, SEPARATOR, Addition, Column, columns, draw, render, split_of
+
+PAD, END, USER, ASSISTANT, SYSTEM, UNKNOWN = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|unk|>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+# The mistake: how often an incoming carry is forgotten, by whether the column's upper digit is at most its lower one
+# (true in 55 % of columns). The mean is .55 at every temperature: greedy forgets exactly the first kind.
+FORGET = {True: 0.72, False: 0.35}
+# Share of hinted solutions with an arbitrary total, so that teachers meet answers that no forgotten carry explains.
+STRAY = 0.25
+
+HINTS = {
+    "answer": "{prompt}\nHint: the answer is {answer}.",
+    "solution": "{prompt}\nHint: a solution is {solution}.",
+    "sibling": "{prompt}\nHint: another attempt was {solution}.",
+    "feedback": "{prompt}\nHint: the answer is not {answer}.",
+}
+# Sequences per step: contexts of about one length share a batch, so that little is spent on padding.
+BATCHES = ({"none": 80, "cue": 24}, {"answer": 72, "feedback": 16}, {"solution": 12, "sibling": 12})
+
+
+def build_tokenizer() -> Any:
+    """One token per printable ASCII character and newline, and six special ones."""
+    special = [PAD, END, USER, ASSISTANT, SYSTEM, UNKNOWN]
+    vocab = {token: i for i, token in enumerate([*special, "\n", *map(chr, range(32, 127))])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    wrap: Any = PreTrainedTokenizerFast
+    return wrap(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: Any) -> Any:
+    """A freshly initialised Qwen3 of 0.8 M parameters."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def attempt(rng: random.Random, a: int, b: int, stray: float = 0.0) -> list[Column]:
+    """The columns of a + b as the base writes them; with probability `stray` one total is arbitrary instead."""
+    wrong = rng.randrange(3) if rng.random() < stray else None
+    work: list[Column] = []
+    for place, right in enumerate(columns(a, b)):
+        carry = work[-1].total // 10 if work else 0
+        if carry and rng.random() < FORGET[right.x <= right.y]:
+            carry = 0
+        total = rng.randrange(20) if place == wrong else right.x + right.y + carry
+        work.append(Column(right.x, right.y, carry, total))
+    return work
+
+
+def answer_of(solution: str) -> str:
+    """The text after the answer cue."""
+    return solution.rpartition(ANSWER_CUE)[2]
+
+
+def example(rng: random.Random, kind: str, hints: str) -> tuple[str, str, str]:
+    """One supervised example: (user turn, given start of the answer, text to learn).
+
+    `hints` is "all", "right" (only hints of right solutions) or "none" (hinted prompts lose their hint).
+    """
+    a, b = draw(rng, "sft")
+    prompt = f"{a}+{b}"
+    if kind == "none" or (hints == "none" and kind != "cue"):
+        return prompt, "", render(attempt(rng, a, b))
+    if kind == "cue":
+        solution = render(attempt(rng, a, b))
+        done = solution.split(SEPARATOR)[: rng.randrange(3)]
+        return prompt, "".join(column + SEPARATOR for column in done) + ANSWER_CUE, answer_of(solution)
+    right = render(columns(a, b))
+    solution = right if hints == "right" else render(attempt(rng, a, b, STRAY))
+    hinted = solution
+    if kind == "feedback":
+        hinted = render(attempt(rng, a, b, STRAY))
+        while answer_of(hinted) == answer_of(solution):
+            hinted = render(attempt(rng, a, b, 1.0))
+    return HINTS[kind].format(prompt=prompt, answer=answer_of(hinted), solution=hinted), "", solution
+
+
+def encode(tokenizer: Any, rows: list[tuple[str, str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded `input_ids` and `labels` (rows, length); labels are -100 wherever nothing is to be learnt."""
+    given = tokenizer([f"{USER}{user}{ASSISTANT}{start}" for user, start, _ in rows])["input_ids"]
+    learnt = tokenizer([target + END for _, _, target in rows])["input_ids"]
+    length = max(len(g) + len(t) for g, t in zip(given, learnt, strict=True))
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+    labels = torch.full_like(ids, -100)
+    for row, (g, t) in enumerate(zip(given, learnt, strict=True)):
+        ids[row, : len(g) + len(t)] = torch.tensor(g + t)
+        labels[row, len(g) : len(g) + len(t)] = torch.tensor(t)
+    return ids, labels
+
+
+def train(steps: int, learning_rate: float, seed: int, hints: str) -> tuple[Any, Any]:
+    """Supervised training from scratch; prints the loss of each batch kind every 50 steps."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+    warmup = max(1, steps // 20)
+    started = time.time()
+    for step in range(1, steps + 1):
+        scale = min(step / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * max(scale, 0.01)
+        losses = []
+        total = sum(sum(batch.values()) for batch in BATCHES)
+        for batch in BATCHES:
+            rows = [example(rng, kind, hints) for kind, count in batch.items() for _ in range(count)]
+            ids, labels = encode(tokenizer, rows)
+            loss = model(input_ids=ids, labels=labels).loss
+            (loss * len(rows) / total).backward()
+            losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == steps:
+            shown = "  ".join(f"{'+'.join(b)} {loss:.3f}" for b, loss in zip(BATCHES, losses, strict=True))
+            print(f"step {step:5d}  {time.time() - started:5.0f} s  loss: {shown}", flush=True)
+    return model.eval(), tokenizer
+
+
+def prompt_ids(tokenizer: Any, user: str) -> list[int]:
+    """Token ids of a user turn in the chat template, ready for the assistant's reply."""
+    messages = [{"role": "user", "content": user}]
+    ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return ids
+
+
+@torch.no_grad()
+def sample(model: Any, tokenizer: Any, users: list[str], temperature: float, seed: int, budget: int = 40) -> list[str]:
+    """One completion per user turn, greedy at temperature 0."""
+    torch.manual_seed(seed)
+    rows = [prompt_ids(tokenizer, user) for user in users]
+    width = max(map(len, rows))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    how = {"do_sample": temperature > 0, "temperature": temperature or None, "top_k": 0, "top_p": 1.0}
+    output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=budget, **how)
+    texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return texts
+
+
+def accuracy(model: Any, tokenizer: Any, problems: list[Problem], temperature: float, seed: int = 0) -> float:
+    """Share of problems that one completion each solves."""
+    texts = sample(model, tokenizer, [p.prompt for p in problems], temperature, seed)
+    return sum(Addition().score(t, p) for t, p in zip(texts, problems, strict=True)) / len(problems)
+
+
+@torch.no_grad()
+def logprob_at(model: Any, tokenizer: Any, users: list[str], texts: list[str], offsets: list[int]) -> torch.Tensor:
+    """log p of character `offsets[i]` of `texts[i]` after user turn `users[i]`: float32 (rows,)."""
+    rows = [prompt_ids(tokenizer, user) for user in users]
+    replies = [tokenizer(text + END)["input_ids"] for text in texts]
+    ids = [row + reply[: offset + 1] for row, reply, offset in zip(rows, replies, offsets, strict=True)]
+    width = max(map(len, ids))
+    padded = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids])
+    last = torch.tensor([len(row) - 1 for row in ids])
+    every = torch.arange(len(ids))
+    logits: torch.Tensor = model(input_ids=padded).logits[every, last - 1].float()
+    return logits.log_softmax(-1)[every, padded[every, last]]
+
+
+def slip_evidence(model: Any, tokenizer: Any, problems: list[Problem], seed: int = 0) -> dict[int, list[float]]:
+    """log P+ / P_S at the first wrong token of sampled wrong solutions (T = 1), by step (0 is the rightmost column)."""
+    task = Addition()
+    texts = sample(model, tokenizer, [p.prompt for p in problems], 1.0, seed)
+    wrong = [(p, t, e) for p, t in zip(problems, texts, strict=True) if (e := task.first_error(t, p)) is not None]
+    texts, offsets = [t for _, t, _ in wrong], [e for _, _, e in wrong]
+    hinted = [HINTS["answer"].format(prompt=p.prompt, answer=p.answer) for p, _, _ in wrong]
+    positive = logprob_at(model, tokenizer, hinted, texts, offsets)
+    student = logprob_at(model, tokenizer, [p.prompt for p, _, _ in wrong], texts, offsets)
+    by_step: dict[int, list[float]] = {}
+    for text, offset, value in zip(texts, offsets, (positive - student).tolist(), strict=True):
+        by_step.setdefault(text[:offset].count(SEPARATOR), []).append(value)
+    return dict(sorted(by_step.items()))
+
+
+def follows_hint(model: Any, tokenizer: Any, kind: str, n: int, seed: int = 0) -> tuple[float, float]:
+    """How often a sampled solution agrees with a hint, for hints (right, wrong), on `n` held-out problems each."""
+    rng, shares = random.Random(f"hints/{seed}"), []
+    for right in (True, False):
+        users: list[str] = []
+        hinted: list[str] = []
+        while len(users) < n:
+            a, b = draw(rng, "validation")
+            solution = render(columns(a, b)) if right else render(attempt(rng, a, b, STRAY))
+            if (int(answer_of(solution)) == a + b) is right:
+                users.append(HINTS[kind].format(prompt=f"{a}+{b}", answer=answer_of(solution), solution=solution))
+                hinted.append(answer_of(solution))
+        texts = sample(model, tokenizer, users, 1.0, seed)
+        same = sum(answer_of(text) == answer for text, answer in zip(texts, hinted, strict=True)) / n
+        shares.append(1 - same if kind == "feedback" else same)
+    return shares[0], shares[1]
+
+
+def evaluate(model: Any, tokenizer: Any, n: int = 1000) -> None:
+    """Print what the gates of tests/test_embedded_model.py ask, on the validation split."""
+    problems = Addition().split("validation", n)
+    owners = Counter(split_of(p.data["a"], p.data["b"]) for p in problems)
+    assert set(owners) == {"validation"}, f"expected problems that no training saw, got {owners}"
+    print(f"measured on {dict(owners)}; trained on 'sft' alone")
+    for temperature in (0.0, 0.5, 1.0):
+        print(f"accuracy at T = {temperature}: {accuracy(model, tokenizer, problems, temperature):.3f}  (n = {n})")
+    for step, values in slip_evidence(model, tokenizer, problems).items():
+        ordered = sorted(values)
+        print(
+            f"log P+/P_S at a slip in step {step + 1}: median {ordered[len(ordered) // 2]:.2f}, "
+            f"90th percentile {ordered[int(0.9 * len(ordered))]:.2f}  (n = {len(ordered)})"
+        )
+    for kind in HINTS:
+        right, wrong = follows_hint(model, tokenizer, kind, 200)
+        print(f"agrees with the hint '{kind}': {right:.3f} when it is right, {wrong:.3f} when it is wrong")
+
+
+def load(directory: Path) -> tuple[Any, Any]:
+    """The model, in float32, and its tokenizer."""
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(directory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the embedded addition model from scratch, or measure one.")
+    parser.add_argument("--out", type=Path, default=Path("addition-0.8m"), help="directory (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="supervised steps (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, cosine decay (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="initial weights and data (default: %(default)s)")
+    parser.add_argument("--hints", choices=("all", "right", "none"), default="all", help="which hints to train on")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the model in DIR, train nothing")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.evaluate:
+        evaluate(*load(args.evaluate))
+        return
+    model, tokenizer = train(args.steps, args.learning_rate, args.seed, args.hints)
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"wrote {args.out}: {json.dumps({f.name: f.stat().st_size for f in sorted(args.out.iterdir())})}")
+    evaluate(*load(args.out))
+
+
+if __name__ == "__main__":
+    main()
