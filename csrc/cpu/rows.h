@@ -36,7 +36,7 @@ inline Exp2 exp2_parts(Vec t) {
     p = fma(p, f, set(0x1.000002p+0f));
     return {p, exponent_from_low_bits(rounded)};
 }
-inline Vec term_exponent(Vec x, Vec k, Vec minus_c) { return max(set(kLowest), fma(x, k, minus_c)); }
+inline Vec term_exponent(Vec x, Vec k, Vec minus_c) { return max(set(kLowest), fused(x, k, minus_c)); }
 
 // tanh within 1.3e-7: an odd polynomial near 0, 1 - 2 / (e^2z + 1) elsewhere, where nothing cancels.
 inline Vec tanh_of(Vec z) {

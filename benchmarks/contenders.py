@@ -1,0 +1,90 @@
+"""Who is compared: each computes the log-probs of three logits tensors and the token credit, from the same inputs.
+
+A contender is a function of (policy, positive, negative, labels, advantages) to (logprobs, token advantages). All but
+ours upcast 16-bit logits first, as their own documentation advises; TRL's is called as TRL calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import cepo_kernels
+from cepo_kernels import backends
+
+Contender = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+LAM, EPS_W = 0.5, 0.5
+
+
+def credit(logprobs: Tensor, positive: Tensor, negative: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    evidence = (positive - negative).detach()
+    weight = torch.exp(advantages.sign() * evidence).clamp(1 - EPS_W, 1 + EPS_W)
+    return logprobs, advantages * ((1 - LAM) + LAM * weight)
+
+
+def eager(policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    def logprob(logits: Tensor) -> Tensor:
+        return logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+    with torch.no_grad():
+        teachers = logprob(positive), logprob(negative)
+    return credit(logprob(policy), *teachers, advantages)
+
+
+def ours(backend: str) -> Contender:
+    def run(policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+        out = cepo_kernels.contrastive_logprobs(
+            policy, positive, negative, labels, advantages, lam=LAM, eps_w=EPS_W, backend=backend
+        )
+        assert out.advantages is not None
+        return out.logprobs, out.advantages
+
+    return run
+
+
+def trl() -> Contender:
+    from trl.trainer.utils import selective_log_softmax
+
+    def run(policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            teachers = [selective_log_softmax(x.unsqueeze(1), labels.unsqueeze(1)).squeeze(1) for x in (positive, negative)]
+        logprobs = selective_log_softmax(policy.unsqueeze(1), labels.unsqueeze(1)).squeeze(1)
+        return credit(logprobs, *teachers, advantages)
+
+    return run
+
+
+def on_cpu() -> tuple[dict[str, Contender], dict[str, str]]:
+    """The contenders that can run on this machine's CPU, ours first, and why the others cannot."""
+    found: dict[str, Contender] = {"cepo": ours("cpu")} if backends.unavailable("cpu", "cpu") is None else {}
+    absent: dict[str, str] = {}
+    for name in ("cpu:avx512", "cpu:avx2", "cpu:portable"):
+        reason = backends.unavailable(name, "cpu")
+        if reason is None:
+            found[f"cepo {name}"] = ours(name)
+        else:
+            absent[f"cepo {name}"] = reason
+    found["torch.compile"] = torch.compile(eager, fullgraph=True, dynamic=False)
+    found["eager"] = eager
+    try:
+        import trl as package
+
+        found[f"TRL {package.__version__}"] = trl()
+    except ImportError as error:
+        absent["TRL"] = f"{error}; `pip install .[bench]`"
+    return found, absent
+
+
+def with_gradient(contender: Contender) -> Contender:
+    """Forward, then the gradient of ``sum(logprobs * advantages)`` in the policy's logits."""
+
+    def run(policy: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        policy = policy.detach().requires_grad_()
+        logprobs, advantages = contender(policy, *rest)
+        (gradient,) = torch.autograd.grad((logprobs * advantages).sum(), policy)
+        return logprobs.detach(), gradient
+
+    return run
