@@ -26,6 +26,7 @@ ISA_FLAGS = {
 }
 # No contraction: a row's bits must not depend on which call the compiler happened to inline.
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra"
+DEPENDENCIES = "  depfile = $out.d\n  deps = gcc"
 CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 
 
@@ -92,7 +93,7 @@ def cpu_rules(target: Path) -> str:
         (ROOT / f"csrc/cpu/rows_{isa}.cpp", more) for isa, more in ISA_FLAGS.items() if X86 or isa == "portable"
     ]
     lines = [
-        f"rule compile\n  command = {cxx} -MD -MF $out.d {flags} $more -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        f"rule compile\n  command = {cxx} -MD -MF $out.d {flags} $more -c $in -o $out\n{DEPENDENCIES}",
         f"rule link\n  command = {cxx} -shared -o $out $in {openmp} {link}",
     ]
     lines += [f"build {source.stem}.o: compile {escape(source)}\n  more = {more}" for source, more in objects]
@@ -103,19 +104,22 @@ def cpu_rules(target: Path) -> str:
 def cuda_rules(target: Path) -> str:
     nvcc = find_nvcc()
     if nvcc is None:
-        raise MissingToolError("no nvcc; the Triton kernels serve GPUs. Set CUDA_HOME to a CUDA 12.8+ toolkit to add it")
+        raise MissingToolError(
+            "no nvcc; the Triton kernels serve GPUs. Set CUDA_HOME to a CUDA 12.8+ toolkit to add it"
+        )
     import pybind11
 
     newest = CUDA_ARCHITECTURES[-1]
     targets = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
     targets.append(f"-gencode arch=compute_{newest},code=compute_{newest}")
-    includes = " ".join(f"-isystem {escape(path)}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"]))
+    includes = " ".join(
+        f"-isystem {escape(path)}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])
+    )
     flags = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -cudart static -Xfatbin -compress-all"
-    source = escape(ROOT / "csrc/cuda/bindings.cu")
+    command = f"{escape(nvcc)} -shared {flags} {' '.join(targets)} {includes} -MD -MF $out.d $in -o $out"
     return (
-        f"rule nvcc\n  command = {escape(nvcc)} -shared {flags} {' '.join(targets)} {includes} -MD -MF $out.d $in -o $out\n"
-        "  depfile = $out.d\n  deps = gcc\n"
-        f"build {escape(target)}: nvcc {source}\n"
+        f"rule nvcc\n  command = {command}\n{DEPENDENCIES}\n"
+        f"build {escape(target)}: nvcc {escape(ROOT / 'csrc/cuda/bindings.cu')}\n"
     )
 
 

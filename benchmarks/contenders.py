@@ -25,7 +25,9 @@ def credit(logprobs: Tensor, positive: Tensor, negative: Tensor, advantages: Ten
     return logprobs, advantages * ((1 - LAM) + LAM * weight)
 
 
-def eager(policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+def eager(
+    policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor
+) -> tuple[Tensor, Tensor]:
     def logprob(logits: Tensor) -> Tensor:
         return logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
@@ -35,7 +37,9 @@ def eager(policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, ad
 
 
 def ours(backend: str) -> Contender:
-    def run(policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    def run(
+        policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor
+    ) -> tuple[Tensor, Tensor]:
         out = cepo_kernels.contrastive_logprobs(
             policy, positive, negative, labels, advantages, lam=LAM, eps_w=EPS_W, backend=backend
         )
@@ -48,9 +52,13 @@ def ours(backend: str) -> Contender:
 def trl() -> Contender:
     from trl.trainer.utils import selective_log_softmax
 
-    def run(policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    def run(
+        policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor
+    ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            teachers = [selective_log_softmax(x.unsqueeze(1), labels.unsqueeze(1)).squeeze(1) for x in (positive, negative)]
+            teachers = [
+                selective_log_softmax(x.unsqueeze(1), labels.unsqueeze(1)).squeeze(1) for x in (positive, negative)
+            ]
         logprobs = selective_log_softmax(policy.unsqueeze(1), labels.unsqueeze(1)).squeeze(1)
         return credit(logprobs, *teachers, advantages)
 

@@ -140,10 +140,8 @@ def run_rows(
     )
     needs_gradient = torch.is_grad_enabled() and policy_logits.requires_grad
     if inplace_grad and needs_gradient and not torch.compiler.is_compiling():
-        checks.check_in_place(
-            policy_logits, {"positive_logits": positive_logits, "negative_logits": negative_logits}
-        )
-        return ForwardOutputs(*_InPlace.apply(*arguments))
+        checks.check_in_place(policy_logits, {"positive_logits": positive_logits, "negative_logits": negative_logits})
+        return ForwardOutputs(*_InPlace.apply(*arguments))  # type: ignore[no-untyped-call]
     return ForwardOutputs(*ops.forward(*arguments))
 
 

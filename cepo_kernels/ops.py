@@ -83,9 +83,7 @@ def _forward(
 ) -> ForwardOutputs:
     outputs = _forward_buffers(policy, positive, negative, labels, advantages, return_entropy, backend)
     chosen = backends.choose(backend, policy.device.type, outputs.logprobs.dtype)
-    check_values(
-        labels, policy.shape[-1], ignore_index, lam, eps_w, temperature, logit_scale, logit_softcap
-    )
+    check_values(labels, policy.shape[-1], ignore_index, lam, eps_w, temperature, logit_scale, logit_softcap)
     if labels.numel() == 0:
         return outputs
     flat_labels = row_values(labels, labels.shape, torch.int64)
@@ -217,7 +215,9 @@ _library.impl("forward", _forward, "CompositeExplicitAutograd")
 _library.impl("logits_grad", _logits_grad, "CompositeExplicitAutograd")
 _library.impl("logits_grad_", _logits_grad_in_place, "CompositeExplicitAutograd")
 torch.library.register_fake("cepo_kernels::forward", lambda *a: tuple(_forward_buffers(*a)), lib=_library)
-torch.library.register_fake("cepo_kernels::logits_grad", lambda policy, *_: policy.new_empty(policy.shape), lib=_library)
+torch.library.register_fake(
+    "cepo_kernels::logits_grad", lambda policy, *_: policy.new_empty(policy.shape), lib=_library
+)
 torch.library.register_fake("cepo_kernels::logits_grad_", lambda policy, *_: None, lib=_library)
 torch.library.register_autograd("cepo_kernels::forward", _backward, setup_context=save_for_backward, lib=_library)
 torch.library.register_autograd("cepo_kernels::logits_grad", _refuse_second_order, lib=_library)

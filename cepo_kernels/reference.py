@@ -66,18 +66,14 @@ def row_terms(x: Tensor, labels: Tensor) -> Rows:
     log_total = total.log()
     log_odds = torch.where(label_x == torch.inf, torch.nan, log_total + (origin - label_x))
 
-    logprobs, log_complement = -F.softplus(log_odds, threshold=1e9), -F.softplus(-log_odds, threshold=1e9)
+    logprobs, log_complement = F.logsigmoid(-log_odds), F.logsigmoid(log_odds)  # softplus overflows past 709
     complement = log_odds.sigmoid()
     log_others = log_complement.unsqueeze(1) + shifted - log_total.unsqueeze(1)
     log_others = torch.where(shifted == -torch.inf, -torch.inf, log_others)
-    probabilities = torch.where(
-        shifted == -torch.inf, 0.0, complement.unsqueeze(1) * exponentials / total.unsqueeze(1)
-    )
+    probabilities = torch.where(shifted == -torch.inf, 0.0, complement.unsqueeze(1) * exponentials / total.unsqueeze(1))
     mean_shift = torch.where(exponentials == 0, 0.0, shifted * exponentials).sum(1) / total
     spread = torch.where(total == 0, 0.0, log_total - mean_shift)
-    entropy = (
-        complement * spread - _product(logprobs.exp(), logprobs) - _product(complement, log_complement)
-    )
+    entropy = complement * spread - _product(logprobs.exp(), logprobs) - _product(complement, log_complement)
     return Rows(logprobs, complement, entropy, log_others, probabilities)
 
 

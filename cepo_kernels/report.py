@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +14,21 @@ OPS = ("token_logprobs", "contrastive_logprobs")
 
 @dataclass(frozen=True)
 class BackendReport:
-    """``chosen[op][device]`` is a backend's name; ``reasons[device][backend]`` is None where it can run."""
+    """``chosen[op][device]`` is a backend's name; ``reasons[device][backend]`` is None where it can run.
+
+    ``extensions`` says of each compiled extension whether it is there.
+    """
 
     chosen: dict[str, dict[str, str]]
     reasons: dict[str, dict[str, str | None]]
+    extensions: dict[str, str]
 
     def __str__(self) -> str:
         lines = []
         for device, reasons in self.reasons.items():
             lines.append(f"{device} tensors: " + ", ".join(f"{op} -> {self.chosen[op][device]}" for op in self.chosen))
             lines += [f"  {name}: {reason or 'can run'}" for name, reason in reasons.items()]
+        lines += [f"{name}: {state}" for name, state in self.extensions.items()]
         return "\n".join(lines)
 
 
@@ -39,4 +45,15 @@ def backend_report() -> BackendReport:
         if device == "cuda" and not torch.cuda.is_available():
             reasons[device] = dict.fromkeys(candidates, "torch sees no CUDA or ROCm device")
         picked[device] = next((name for name, reason in reasons[device].items() if reason is None), "none")
-    return BackendReport({op: dict(picked) for op in OPS}, reasons)
+    extensions = {name: _state(name) for name in ("cepo_kernels._cpu", "cepo_kernels._cuda")}
+    return BackendReport({op: dict(picked) for op in OPS}, reasons, extensions)
+
+
+def _state(name: str) -> str:
+    try:
+        extension = importlib.import_module(name)
+    except ImportError as error:
+        return f"not built ({error})"
+    if hasattr(extension, "openmp"):
+        return "built, with OpenMP" if extension.openmp else "built, without OpenMP: one thread"
+    return "built"

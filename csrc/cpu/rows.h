@@ -275,7 +275,8 @@ RowResult scan_row(const T* x, int64_t vocabulary, int64_t label, const Transfor
 
 template <class T>
 const T* row_start(const Logits& logits, int64_t inner, int64_t row) {
-    return static_cast<const T*>(logits.data) + (row / inner) * logits.outer_stride + (row % inner) * logits.inner_stride;
+    return static_cast<const T*>(logits.data) + (row / inner) * logits.outer_stride +
+           (row % inner) * logits.inner_stride;
 }
 
 RowResult scan(const Logits& logits, int64_t inner, int64_t row, int64_t vocabulary, int64_t label,
@@ -304,8 +305,8 @@ inline void put(float* out, int64_t row, double value) {
 }
 
 void forward_rows(const Forward& f, int64_t begin, int64_t end) {
-    float* const all[] = {f.logprobs, f.positive_logprobs, f.negative_logprobs, f.evidence,
-                          f.weight,   f.advantages_out,    f.entropy};
+    float* const all[] = {f.logprobs, f.positive_logprobs, f.negative_logprobs, f.evidence, f.weight, f.advantages_out,
+                          f.entropy};
     for (int64_t row = begin; row < end; ++row) {
         const int64_t label = f.labels[row];
         if (label == f.options.ignore_index) {
@@ -432,9 +433,14 @@ void backward_row(const Backward& w, int64_t row) {
 void backward_rows(const Backward& w, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         switch (w.policy.dtype) {
-            case Dtype::kFloat32: backward_row<float>(w, row); break;
-            case Dtype::kBFloat16: backward_row<BFloat16>(w, row); break;
-            default: backward_row<Half>(w, row);
+            case Dtype::kFloat32:
+                backward_row<float>(w, row);
+                break;
+            case Dtype::kBFloat16:
+                backward_row<BFloat16>(w, row);
+                break;
+            default:
+                backward_row<Half>(w, row);
         }
     }
 }

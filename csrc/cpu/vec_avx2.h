@@ -24,9 +24,7 @@ inline Vec fused(Vec a, Vec b, Vec c) { return fma(a, b, c); }  // rounded once,
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 // The low nine bits of a float's pattern moved to its sign and exponent.
-inline Vec exponent_from_low_bits(Vec a) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23));
-}
+inline Vec exponent_from_low_bits(Vec a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23)); }
 // x where a < b, else y; false for NaN.
 inline Vec where_less(Vec a, Vec b, Vec x, Vec y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 inline void store(float* out, Vec a) { _mm256_storeu_ps(out, a); }

@@ -24,9 +24,7 @@ inline Vec fused(Vec a, Vec b, Vec c) { return fma(a, b, c); }  // rounded once,
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 // The low nine bits of a float's pattern moved to its sign and exponent.
-inline Vec exponent_from_low_bits(Vec a) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23));
-}
+inline Vec exponent_from_low_bits(Vec a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23)); }
 // x where a < b, else y; false for NaN.
 inline Vec where_less(Vec a, Vec b, Vec x, Vec y) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);

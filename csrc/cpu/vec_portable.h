@@ -28,9 +28,8 @@ inline Vec fused(Vec a, Vec b, Vec c) {
     for (int i = 0; i < kWidth; ++i) out[i] = __builtin_fmaf(a[i], b[i], c[i]);
 #else
     typedef double Wide __attribute__((vector_size(8 * kWidth)));
-    out = __builtin_convertvector(__builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide) +
-                                      __builtin_convertvector(c, Wide),
-                                  Vec);
+    out = __builtin_convertvector(
+        __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide) + __builtin_convertvector(c, Wide), Vec);
 #endif
     return out;
 }
