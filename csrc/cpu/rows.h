@@ -20,6 +20,8 @@ namespace CEPO_ISA {
 constexpr int kStep = 4 * kWidth;  // columns per iteration
 constexpr int64_t kBlock = 2048;   // columns: at most 8 KB, and few enough terms per lane for float32 sums
 
+static_assert(3 * kBlock * sizeof(float) <= 64 * 1024, "what a thread keeps besides the outputs");
+
 // 2^t for t in [-127, 128) as mantissa and scale: minimax polynomial on [-1/2, 1/2], relative error 2.2e-7. The magic
 // number rounds t and leaves its exponent's bits, biased, at the low end; t = -127 makes the scale exactly 0.
 struct Exp2 {
