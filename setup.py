@@ -25,7 +25,7 @@ ISA_FLAGS = {
     "portable": "",
 }
 # No contraction: a row's bits must not depend on which call the compiler happened to inline.
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra"
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi"
 DEPENDENCIES = "  depfile = $out.d\n  deps = gcc"
 CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 

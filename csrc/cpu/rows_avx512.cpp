@@ -1,6 +1,6 @@
 #define CEPO_ISA avx512
 #include "vec_avx512.h"
-// vec_avx512.h comes first: rows.h is written in its terms
+// The vectors come first: everything below is written in their terms.
 #include "rows.h"
 
 namespace cepo {

@@ -1,6 +1,6 @@
 #define CEPO_ISA portable
 #include "vec_portable.h"
-// vec_portable.h comes first: rows.h is written in its terms
+// The vectors come first: everything below is written in their terms.
 #include "rows.h"
 
 namespace cepo {
