@@ -86,8 +86,8 @@ def test_an_unknown_task_or_option_is_named(spec, options, message):
 
 
 def test_addition_writes_what_a_person_would():
-    assert render(columns(437, 285)) == "7+5+0=12;3+8+1=12;4+2+1=7#722"
-    assert render(columns(999, 999)) == "9+9+0=18;9+9+1=19;9+9+1=19#1998"
+    assert render(columns(437, 285)) == "75:12;38:12;42:7#722"
+    assert render(columns(999, 999)) == "99:18;99:19;99:19#1998"
     rng = random.Random(0)
     for _ in range(500):
         a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
@@ -107,11 +107,10 @@ def test_addition_splits_by_sum_not_by_order_and_in_the_stated_shares():
 
 def test_addition_finds_the_first_wrong_character():
     task = Addition()
-    problem = next(p for i in range(1000) if (p := task.train(i, 0)).data["solution"].count("+1=") == 2)
+    problem = task.train(0, 0)
     right = problem.data["solution"]
     assert task.first_error(right, problem) is None
-    slip = right.index("+1=") + 1
-    assert task.first_error(right[:slip] + "0" + right[slip + 1 :], problem) == slip
+    assert task.first_error(right.replace(":", ":x"), problem) == right.index(":") + 1
     assert task.first_error(right[:5], problem) == 5
     assert task.first_error(right + "0", problem) == len(right)
 

@@ -53,7 +53,7 @@ HINTS = {
     "feedback": "{prompt}\nHint: the answer is not {answer}.",
 }
 # Sequences per step: contexts of about one length share a batch, so that little is spent on padding.
-BATCHES = ({"none": 80, "cue": 24}, {"answer": 72, "feedback": 16}, {"solution": 12, "sibling": 12})
+BATCHES = ({"none": 80, "cue": 24}, {"answer": 64, "feedback": 28}, {"solution": 10, "sibling": 10})
 
 
 def build_tokenizer() -> Any:
@@ -103,7 +103,7 @@ def attempt(rng: random.Random, a: int, b: int, stray: float = 0.0) -> list[Colu
         if carry and rng.random() < FORGET[right.x <= right.y]:
             carry = 0
         total = rng.randrange(20) if place == wrong else right.x + right.y + carry
-        work.append(Column(right.x, right.y, carry, total))
+        work.append(Column(right.x, right.y, total))
     return work
 
 
@@ -154,10 +154,10 @@ def train(steps: int, learning_rate: float, seed: int, hints: str) -> tuple[Any,
     rng = random.Random(seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+    decayed = {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1}
+    others = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([decayed, others], lr=learning_rate, betas=(0.9, 0.98))
+    total = sum(sum(batch.values()) for batch in BATCHES)
     warmup = max(1, steps // 20)
     started = time.time()
     for step in range(1, steps + 1):
@@ -165,7 +165,6 @@ def train(steps: int, learning_rate: float, seed: int, hints: str) -> tuple[Any,
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * max(scale, 0.01)
         losses = []
-        total = sum(sum(batch.values()) for batch in BATCHES)
         for batch in BATCHES:
             rows = [example(rng, kind, hints) for kind, count in batch.items() for _ in range(count)]
             ids, labels = encode(tokenizer, rows)
@@ -184,19 +183,18 @@ def train(steps: int, learning_rate: float, seed: int, hints: str) -> tuple[Any,
 def prompt_ids(tokenizer: Any, user: str) -> list[int]:
     """Token ids of a user turn in the chat template, ready for the assistant's reply."""
     messages = [{"role": "user", "content": user}]
-    ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    return ids
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
 @torch.no_grad()
-def sample(model: Any, tokenizer: Any, users: list[str], temperature: float, seed: int, budget: int = 40) -> list[str]:
+def sample(model: Any, tokenizer: Any, users: list[str], temperature: float, seed: int, budget: int = 28) -> list[str]:
     """One completion per user turn, greedy at temperature 0."""
     torch.manual_seed(seed)
     rows = [prompt_ids(tokenizer, user) for user in users]
     width = max(map(len, rows))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    how = {"do_sample": temperature > 0, "temperature": temperature or None, "top_k": 0, "top_p": 1.0}
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=budget, **how)
     texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
     return texts
@@ -264,10 +262,9 @@ def evaluate(model: Any, tokenizer: Any, n: int = 1000) -> None:
     for temperature in (0.0, 0.5, 1.0):
         print(f"accuracy at T = {temperature}: {accuracy(model, tokenizer, problems, temperature):.3f}  (n = {n})")
     for step, values in slip_evidence(model, tokenizer, problems).items():
-        ordered = sorted(values)
+        median, worst = torch.tensor(values).quantile(torch.tensor([0.5, 0.9])).tolist()
         print(
-            f"log P+/P_S at a slip in step {step + 1}: median {ordered[len(ordered) // 2]:.2f}, "
-            f"90th percentile {ordered[int(0.9 * len(ordered))]:.2f}  (n = {len(ordered)})"
+            f"log P+/P_S at a slip, step {step + 1}: median {median:.2f}, 90 % below {worst:.2f}  (n = {len(values)})"
         )
     for kind in HINTS:
         right, wrong = follows_hint(model, tokenizer, kind, 200)
@@ -283,7 +280,7 @@ def load(directory: Path) -> tuple[Any, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded addition model from scratch, or measure one.")
     parser.add_argument("--out", type=Path, default=Path("addition-0.8m"), help="directory (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="supervised steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="supervised steps (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, cosine decay (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="initial weights and data (default: %(default)s)")
     parser.add_argument("--hints", choices=("all", "right", "none"), default="all", help="which hints to train on")

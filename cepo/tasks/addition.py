@@ -1,11 +1,11 @@
 """Three-digit column addition with every column written out: the built-in task.
 
-    437+285   ->   7+5+0=12;3+8+1=12;4+2+1=7#722
+    437+285   ->   75:12;38:12;42:7#722
 
-Columns run from the right. Each reads digit + digit + incoming carry = total, and the answer after '#' is the last
-total followed by the last digits of the others. The answer therefore exposes every column: whoever knows it knows which
-carry was forgotten where, which is what lets token credit find the mistake. A solution has exactly one right spelling,
-so the first wrong token is the first character that differs from it.
+Columns run from the right. Each reads upper digit, lower digit, ':', and their total with the carry that came in; the
+answer after '#' is the last total followed by the last digits of the others. The answer therefore exposes every column:
+whoever knows it knows which carry was forgotten where, which is what lets token credit find the mistake. A solution has
+exactly one right spelling, so the first wrong token is the first character that differs from it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ SPLITS = {"sft": 50, "train": 30, "validation": 10, "test": 10}
 
 
 class Column(NamedTuple):
-    """One column of the sum: two digits, the carry that comes in, and the total written down."""
+    """One column of the sum: upper digit, lower digit, and the total written down, in 0..19."""
 
     x: int
     y: int
-    carry: int
     total: int
 
 
@@ -38,13 +37,13 @@ def columns(a: int, b: int) -> list[Column]:
     result: list[Column] = []
     for power in (1, 10, 100):
         x, y, carry = a // power % 10, b // power % 10, result[-1].total // 10 if result else 0
-        result.append(Column(x, y, carry, x + y + carry))
+        result.append(Column(x, y, x + y + carry))
     return result
 
 
 def render(work: Sequence[Column]) -> str:
     """Columns as the text of a solution, the answer read off their totals."""
-    lines = SEPARATOR.join(f"{c.x}+{c.y}+{c.carry}={c.total}" for c in work)
+    lines = SEPARATOR.join(f"{c.x}{c.y}:{c.total}" for c in work)
     ones, tens, hundreds = (c.total for c in work)
     return f"{lines}{ANSWER_CUE}{hundreds}{tens % 10}{ones % 10}"
 
@@ -80,8 +79,8 @@ class Addition:
     separator = SEPARATOR
     answer_cue = ANSWER_CUE
 
-    def __init__(self, max_new_tokens: int = 40) -> None:
-        self.max_new_tokens = max_new_tokens  # the longest right solution takes 32 characters and the end token
+    def __init__(self, max_new_tokens: int = 28) -> None:
+        self.max_new_tokens = max_new_tokens  # the longest solution takes 22 characters and the end token
 
     def train(self, index: int, seed: int) -> Problem:
         return problem(*draw(random.Random(f"addition/train/{seed}/{index}"), "train"))
