@@ -1,2 +1,116 @@
-def unavailable(device_type):
-    return "not written yet"
+"""The Triton backend: one kernel launch a pass, for NVIDIA and AMD GPUs; on CPU tensors in Triton's interpreter.
+
+The kernels are in `triton_rows`, which is imported, and with it Triton, when a call first needs them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, RowOptions
+
+# How columns are dealt to lanes is a function of V alone, so that a row's bits are too. Four columns of a lane are in
+# flight at once: 1024 lanes of bfloat16 make 8 KB a program.
+MAX_BLOCK, MIN_BLOCK = 1024, 64
+# Launch with these: a product and a sum become one operation only where the kernel says so.
+COMPILE_OPTIONS = {"enable_fp_fusion": False}
+
+
+def unavailable(device_type: str) -> str | None:
+    try:
+        import triton.runtime.interpreter as interpreter
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); pip install 'cepo[gpu]'"
+    if device_type == "cpu":
+        if isinstance(_kernels().forward_kernel, interpreter.InterpretedFunction):
+            return None
+        return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
+    if device_type != "cuda":
+        return f"it runs on CUDA and ROCm devices, not on {device_type!r}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA or ROCm device"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    return None
+
+
+def forward(inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
+    options = inputs.options
+    vocabulary = inputs.policy.shape[-1]
+    block, warps = row_shape(vocabulary)
+    scalars = [*_shared(options), inputs.lam, inputs.eps_w]
+    values, numbers = _values(scalars, inputs.policy.device)
+    with _current(inputs.policy.device):
+        _kernels().forward_kernel[(inputs.labels.numel(),)](
+            inputs.policy, inputs.positive, inputs.negative,
+            inputs.labels, inputs.advantages, inputs.negative_mask, _per_row(options), values,
+            *(buffer if buffer.numel() else None for buffer in outputs),
+            *_strides(inputs.policy), *_strides(inputs.positive), *_strides(inputs.negative),
+            inputs.policy.shape[1], vocabulary, options.ignore_index, *numbers,
+            SOFTCAP=options.logit_softcap is not None, BLOCK=block, num_warps=warps, **COMPILE_OPTIONS,
+        )  # fmt: skip
+
+
+def backward(inputs: BackwardInputs) -> None:
+    options = inputs.options
+    vocabulary = inputs.policy.shape[-1]
+    block, warps = row_shape(vocabulary)
+    values, numbers = _values(_shared(options), inputs.policy.device)
+    with _current(inputs.policy.device):
+        _kernels().backward_kernel[(inputs.labels.numel(),)](
+            inputs.gradient, inputs.policy, inputs.labels, inputs.grad_logprobs, inputs.grad_entropy,
+            inputs.logprobs, inputs.stats, _per_row(options), values,
+            *_strides(inputs.gradient), *_strides(inputs.policy),
+            inputs.policy.shape[1], vocabulary, options.ignore_index, *numbers,
+            SOFTCAP=options.logit_softcap is not None, BLOCK=block * 2, num_warps=warps, **COMPILE_OPTIONS,
+        )  # fmt: skip
+
+
+def row_shape(vocabulary: int) -> tuple[int, int]:
+    """Lanes and warps of a forward program. Eight lanes a thread: 16 bytes of bfloat16 in one load."""
+    block = MIN_BLOCK
+    while block < MAX_BLOCK and 4 * block < vocabulary:
+        block *= 2
+    return block, max(1, block // (512 if torch.version.hip else 256))
+
+
+@functools.cache
+def _kernels() -> Any:
+    from . import triton_rows
+
+    return triton_rows
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _strides(logits: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if logits is None else (logits.stride(0), logits.stride(1))
+
+
+def _shared(options: RowOptions) -> list[Tensor | None]:
+    return [options.logit_scale, options.logit_softcap, options.temperature if options.temperature.ndim == 0 else None]
+
+
+def _per_row(options: RowOptions) -> Tensor | None:
+    return options.temperature if options.temperature.ndim else None
+
+
+def _values(scalars: list[Tensor | None], device: torch.device) -> tuple[Tensor | None, list[float]]:
+    """The options as numbers; where one lives on the GPU, as a float64 tensor there too, without waiting for it."""
+    if all(scalar is None or scalar.device.type == "cpu" for scalar in scalars):
+        return None, [1.0 if scalar is None else float(scalar) for scalar in scalars]
+    on_device = [
+        torch.full((), 1.0 if scalar is None else float(scalar), dtype=torch.float64, device=device)
+        if scalar is None or scalar.device.type == "cpu"
+        else scalar.to(device, torch.float64)
+        for scalar in scalars
+    ]
+    return torch.stack(on_device), [1.0] * len(scalars)
