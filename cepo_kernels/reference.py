@@ -63,7 +63,9 @@ def row_terms(x: Tensor, labels: Tensor) -> Rows:
     shifted = others - origin.unsqueeze(1)
     exponentials = shifted.exp()
     total = exponentials.sum(1)
-    log_total = total.log()
+    # The largest of the others counts 1: left out too, so that the entropy of a peaked row keeps its digits.
+    rest = exponentials.scatter(1, others.argmax(1, keepdim=True), 0.0).sum(1)
+    log_total = torch.where(total == 0, -torch.inf, rest.log1p())
     log_odds = torch.where(label_x == torch.inf, torch.nan, log_total + (origin - label_x))
 
     logprobs, log_complement = F.logsigmoid(-log_odds), F.logsigmoid(log_odds)  # softplus overflows past 709

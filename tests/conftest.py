@@ -1,0 +1,60 @@
+"""Backends to run every promise against, one seed for all of hypothesis, and buffers that start as NaN."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from hypothesis import settings
+
+from cepo_kernels import backends
+
+settings.register_profile("one-seed", derandomize=True, deadline=None, database=None, max_examples=25)
+settings.load_profile("one-seed")
+
+BACKENDS: list[Any] = ["reference", "cpu:portable", "cpu:avx2", "cpu:avx512"]
+if torch.cuda.is_available():
+    BACKENDS.append(pytest.param("triton", marks=pytest.mark.gpu))
+elif os.environ.get("TRITON_INTERPRET") == "1":
+    BACKENDS.append("triton")
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of a backend that runs here; tensors go to `oracle.device_of` it."""
+    name: str = request.param
+    reason = backends.unavailable(name, oracle.device_of(name))
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    return name
+
+
+@pytest.fixture(scope="module")
+def poisoned() -> Iterator[None]:
+    """Fresh buffers hold NaN, so that an element which a kernel forgets to write is seen, whatever malloc returns."""
+
+    def poison(allocate: Any) -> Any:
+        def allocated(*args: Any, **kwargs: Any) -> torch.Tensor:
+            buffer: torch.Tensor = allocate(*args, **kwargs)
+            return buffer.fill_(float("nan")) if buffer.dtype.is_floating_point else buffer
+
+        return allocated
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", poison(torch.empty))
+        patch.setattr(torch, "empty_like", poison(torch.empty_like))
+        patch.setattr(torch, "empty_strided", poison(torch.empty_strided))
+        patch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))
