@@ -65,14 +65,15 @@ def row_terms(x: Tensor, labels: Tensor) -> Rows:
     total = exponentials.sum(1)
     # The largest of the others counts 1: left out too, so that the entropy of a peaked row keeps its digits.
     rest = exponentials.scatter(1, others.argmax(1, keepdim=True), 0.0).sum(1)
-    log_total = torch.where(total == 0, -torch.inf, rest.log1p())
+    log_total = torch.where(total > 0, rest.log1p(), total.log())
     log_odds = torch.where(label_x == torch.inf, torch.nan, log_total + (origin - label_x))
 
     logprobs, log_complement = F.logsigmoid(-log_odds), F.logsigmoid(log_odds)  # softplus overflows past 709
     complement = log_odds.sigmoid()
     log_others = log_complement.unsqueeze(1) + shifted - log_total.unsqueeze(1)
     log_others = torch.where(shifted == -torch.inf, -torch.inf, log_others)
-    probabilities = torch.where(shifted == -torch.inf, 0.0, complement.unsqueeze(1) * exponentials / total.unsqueeze(1))
+    shares = torch.where(shifted == -torch.inf, 0.0, exponentials / total.unsqueeze(1))
+    probabilities = complement.unsqueeze(1) * shares  # all NaN where the row has no distribution
     mean_shift = torch.where(exponentials == 0, 0.0, shifted * exponentials).sum(1) / total
     spread = torch.where(total == 0, 0.0, log_total - mean_shift)
     entropy = complement * spread - _product(logprobs.exp(), logprobs) - _product(complement, log_complement)

@@ -33,7 +33,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def poisoned() -> Iterator[None]:
     """Fresh buffers hold NaN, so that an element which a kernel forgets to write is seen, whatever malloc returns."""
 
