@@ -76,7 +76,7 @@ def row_shape(vocabulary: int) -> tuple[int, int]:
     block = MIN_BLOCK
     while block < MAX_BLOCK and 4 * block < vocabulary:
         block *= 2
-    return block, max(1, block // (512 if torch.version.hip else 256))
+    return block, max(1, block // 256)
 
 
 @functools.cache

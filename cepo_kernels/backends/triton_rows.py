@@ -58,7 +58,8 @@ def _load(row, columns, vocabulary, label, inner_high, inner_low, SOFTCAP: tl.co
     if EDGE:
         inside = columns < vocabulary
         x = _units(tl.load(row + columns, mask=inside), inner_high, inner_low, SOFTCAP)
-        return tl.where(inside & (columns != label), x, float("-inf"))
+        x = tl.where(columns == label, float("-inf"), x)  # on its own: joined with inside, it costs spills
+        return tl.where(inside, x, float("-inf"))
     return _units(tl.load(row + columns), inner_high, inner_low, SOFTCAP)
 
 
@@ -121,8 +122,8 @@ def _total(lanes):
     """Sum of numbers >= 0 to 2^-32 of the largest, in float64 and the same in any order."""
     power = tl.max(lanes, 0).to(tl.int32, bitcast=True) & 0x7F800000
     unit = (0x7F000000 - power).to(tl.float32, bitcast=True)
-    fixed = ((lanes * unit) * 4294967296.0).to(tl.int64)
-    return tl.sum(fixed, 0).to(tl.float64) * 2.3283064365386963e-10 * power.to(tl.float32, bitcast=True).to(tl.float64)
+    total = tl.sum((lanes * unit * 4294967296.0).to(tl.int64), 0).to(tl.float64)
+    return total * 2.3283064365386963e-10 * power.to(tl.float32, bitcast=True).to(tl.float64)
 
 
 @triton.jit
@@ -141,50 +142,56 @@ def _tanh64(x):
 
 
 @triton.jit
-def _row(
-    row, vocabulary, label, valid, unit, inner,
+def _sums(
+    row, vocabulary, label, unit, inner,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """log p, and of the policy 1 - p, entropy, M and R, of a row in float64; NaN, and nothing read, where not valid."""
+    """S, M, the label's logit, and for the entropy R and -U / S in nats. Nothing is read where the label is negative.
+
+    M is +inf, and the label's logit NaN, where the row has no distribution.
+    """
     k = (unit * LOG2E).to(tl.float32)
     inner_high = inner.to(tl.float32)
     inner_low = (inner - inner_high.to(tl.float64)).to(tl.float32)
-    columns = tl.where(valid, vocabulary, 0)
+    columns = tl.where(label >= 0, vocabulary, 0)
     m, s, r, n, u = _lanes(row, columns, label, k, inner_high, inner_low, SOFTCAP, ENTROPY, BLOCK)
-    raw = tl.load(row + label, mask=valid, other=0.0).to(tl.float32)
-    # In the interpreter a maximum keeps NaN, on a GPU it drops it: neither matters, s being NaN.
-    poisoned = tl.max(tl.where(s != s, 1, 0), 0) | tl.where(valid & (raw == raw) & (raw < float("inf")), 0, 1)
-    s = tl.where(s == s, s, 0.0)
-    top = tl.max(tl.where(m == m, m, LOWEST), 0)
+    x = tl.load(row + label, mask=label >= 0, other=float("nan")).to(tl.float32)
+    x = tl.where(x == float("inf"), float("nan"), x)
+    top = tl.max(tl.where(s == s, m, float("inf")), 0)
     factor = tl.exp2((m - top) * k)
-    factor = tl.where(factor == factor, factor, 0.0)
-    total = _total(s * factor)
+    # The lane at the top holds 1 or more: 2^-34 is small enough a unit, and large enough for 2^28 columns.
+    total = tl.sum((s * factor * 17179869184.0).to(tl.int64), 0).to(tl.float64) * 5.820766091346741e-11
+    rest = total - 1.0
+    mean = total
+    if ENTROPY:
+        at_top = m == top
+        rest = _total(tl.where(at_top, r, (r + n) * factor))
+        count = tl.sum(tl.where(at_top, n, 0.0).to(tl.int32), 0)
+        rest += tl.where(count > 0, count - 1, 0).to(tl.float64)
+        shift = tl.maximum((m - top) * k, VANISHED)
+        mean = _total(-factor * tl.fma(shift, s, u)) * LN2 / (1.0 + rest)
+    return total, top, x, rest, mean
 
-    x = raw.to(tl.float64)
+
+@triton.jit
+def _odds(total, top, x, unit, inner, SOFTCAP: tl.constexpr):
+    """The log-odds against the label, from what `_sums` found."""
+    x = x.to(tl.float64)
     if SOFTCAP:
         x = _tanh64(x * inner)
     log_total = tl.where(total > 0.0, tl.log(tl.where(total > 0.0, total, 1.0)), float("-inf"))
     odds = log_total + (top.to(tl.float64) - x) * unit
-    odds = tl.where(poisoned != 0, float("nan"), odds)
-    e = tl.exp(-tl.abs(odds))
-    tail = _log1p(e)
-    logprob = -(tl.where(odds > 0.0, odds, 0.0) + tail)
-    complement = tl.where(odds > 0.0, 1.0, e) / (1.0 + e)
+    return tl.where(top < float("inf"), odds, float("nan"))
 
-    rest = total - 1.0
-    entropy = odds
-    if ENTROPY:
-        at_top = m == top
-        rest = _total(tl.where(s > 0.0, tl.where(at_top, r, (r + n) * factor), 0.0))
-        count = tl.sum(tl.where(at_top, n, 0.0).to(tl.int32), 0)
-        rest += tl.where(count > 0, count - 1, 0).to(tl.float64)
-        shift = tl.maximum((m - top) * k, VANISHED)
-        mean = _total(tl.where(s > 0.0, -factor * tl.fma(shift, s, u), 0.0)) * LN2 / (1.0 + rest)
-        p = tl.where(odds > 0.0, e, 1.0) / (1.0 + e)
-        log_complement = -(tl.where(odds < 0.0, -odds, 0.0) + tail)
-        entropy = tl.where(p == 0.0, 0.0, -p * logprob)
-        entropy += tl.where(complement == 0.0, 0.0, complement * (_log1p(rest) + mean - log_complement))
-    return logprob, complement, entropy, top, rest
+
+@triton.jit
+def _three(index, a, b, c):
+    return tl.where(index == 0, a, tl.where(index == 1, b, c))
+
+
+@triton.jit
+def _pick(index, values, which: tl.constexpr):
+    return tl.sum(tl.where(index == which, values, 0.0), 0)
 
 
 @triton.jit
@@ -236,41 +243,61 @@ def forward_kernel(
         _put(token_advantages, row, zero)
         _put(entropy, row, zero)
         return
-    valid = (label >= 0) & (label < vocabulary)
-    label = label.to(tl.int32)
+    label = tl.where((label >= 0) & (label < vocabulary), label, -1).to(tl.int32)
     unit, inner = _options(values, scale, cap, temperature, temperatures, row, SOFTCAP)
 
-    own, complement, spread, top, rest = _row(
+    total, top, x, rest, mean = _sums(
         _start(policy, row, inner_rows, policy_outer, policy_inner),
-        vocabulary, label, valid, unit, inner, SOFTCAP, entropy is not None, BLOCK,
+        vocabulary, label, unit, inner, SOFTCAP, entropy is not None, BLOCK,
     )  # fmt: skip
-    _put(logprobs, row, own)
-    _put(entropy, row, spread)
-    tl.store(stats + row * 4, top)
-    tl.store(stats + row * 4 + 1, rest.to(tl.float32))
-    tl.store(stats + row * 4 + 2, complement.to(tl.float32))
-    tl.store(stats + row * 4 + 3, spread.to(tl.float32))
-
-    under_negative = own
+    positive_total, positive_top, positive_x = total, top, x
+    negative_total, negative_top, negative_x = total, top, x
+    if positive is not None:
+        positive_total, positive_top, positive_x, _, _ = _sums(
+            _start(positive, row, inner_rows, positive_outer, positive_inner),
+            vocabulary, label, unit, inner, SOFTCAP, False, BLOCK,
+        )  # fmt: skip
     if negative is not None:
         used = label == label
         if negative_mask is not None:
             used = tl.load(negative_mask + row) != 0
         if used:
-            under_negative, _, _, _, _ = _row(
+            negative_total, negative_top, negative_x, _, _ = _sums(
                 _start(negative, row, inner_rows, negative_outer, negative_inner),
-                vocabulary, label, valid, unit, inner, SOFTCAP, False, BLOCK,
+                vocabulary, label, unit, inner, SOFTCAP, False, BLOCK,
             )  # fmt: skip
-        _put(negative_logprobs, row, under_negative)
 
+    # Float64 is dear on most GPUs, and every thread would do it for each of the three: let lanes share it.
+    index = tl.arange(0, 4)
+    odds = _odds(
+        _three(index, total, positive_total, negative_total), _three(index, top, positive_top, negative_top),
+        _three(index, x, positive_x, negative_x), unit, inner, SOFTCAP,
+    )  # fmt: skip
+    e = tl.exp(-tl.abs(odds))
+    tail = _log1p(e)
+    log_p = -(tl.where(odds > 0.0, odds, 0.0) + tail)
+    own = _pick(index, log_p, 0)
+    q = _pick(index, tl.where(odds > 0.0, 1.0, e) / (1.0 + e), 0)
+    _put(logprobs, row, own)
+    spread = q
+    if entropy is not None:
+        p = _pick(index, tl.where(odds > 0.0, e, 1.0) / (1.0 + e), 0)
+        log_q = _pick(index, -(tl.where(odds < 0.0, -odds, 0.0) + tail), 0)
+        spread = tl.where(p == 0.0, 0.0, -p * own) + tl.where(q == 0.0, 0.0, q * (_log1p(rest) + mean - log_q))
+        _put(entropy, row, spread)
+    tl.store(stats + row * 4, top)
+    tl.store(stats + row * 4 + 1, rest.to(tl.float32))
+    tl.store(stats + row * 4 + 2, q.to(tl.float32))
+    tl.store(stats + row * 4 + 3, spread.to(tl.float32))
+
+    under_negative = _pick(index, log_p, 2)
+    if negative is not None:
+        _put(negative_logprobs, row, under_negative)
     group = tl.full((), 0.0, tl.float64)
     if advantages is not None:
         group = tl.load(advantages + row).to(tl.float64)
     if positive is not None:
-        under_positive, _, _, _, _ = _row(
-            _start(positive, row, inner_rows, positive_outer, positive_inner),
-            vocabulary, label, valid, unit, inner, SOFTCAP, False, BLOCK,
-        )  # fmt: skip
+        under_positive = _pick(index, log_p, 1)
         _put(positive_logprobs, row, under_positive)
         both_impossible = (under_positive == float("-inf")) & (under_negative == float("-inf"))
         gap = tl.where(both_impossible, 0.0, under_positive - under_negative)
