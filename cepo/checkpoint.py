@@ -1,0 +1,177 @@
+"""Run directories and checkpoints: complete or absent, never half there.
+
+    <run>/config.yaml  metrics.jsonl  curves.png
+    <run>/checkpoints/step-000020/   a model that `from_pretrained` loads, its tokenizer, and
+                                     state.pt       optimizer and torch's generator
+                                     manifest.json  step, and size and SHA-256 of every file
+
+Everything is written under a temporary name, flushed to disk and renamed. Schedules, data order and sampling noise are
+functions of the step, so the step is all that their state consists of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cepo.errors import InputError, one_line
+
+FOLDER = "checkpoints"
+CONFIG = "config.yaml"
+MANIFEST = "manifest.json"
+STATE = "state.pt"
+
+
+def create_run(wanted: str | None, default: str, config: Callable[[str], str]) -> Path:
+    """A new run directory with its config in it.
+
+    Args:
+        wanted: its path, which must not exist yet; None: runs/<default>, with a number behind it if that exists.
+        config: text of config.yaml, given the path.
+
+    Raises InputError if the path is taken.
+    """
+    path = Path(wanted or Path("runs", default)).expanduser()
+    number = 2
+    while path.exists():
+        if wanted is not None:
+            raise InputError(f"run_dir: {wanted!r} exists already; continue it with --resume {wanted}, or name another")
+        path = Path("runs", f"{default}-{number}")
+        number += 1
+    with replacing(path) as temporary:
+        temporary.mkdir(parents=True)
+        (temporary / CONFIG).write_text(config(str(path)))
+    return path
+
+
+def save(run: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, keep: int) -> Path:
+    """Write the checkpoint of `step`, then delete all but the `keep` newest. Raises InputError if it cannot."""
+    path = run / FOLDER / f"step-{step:06d}"
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        torch.save({"optimizer": optimizer.state_dict(), "generator": torch.get_rng_state()}, temporary / STATE)
+        files = {str(file.relative_to(temporary)): _digest(file) for file in _files(temporary)}
+        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+    for old in _all(run)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def load_state(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Bring optimizer and torch's generator back to where they were."""
+    state = torch.load(path / STATE, weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["generator"])
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run, None if it has none. Raises InputError if damaged, naming the one before."""
+    found = _all(run)
+    if not found:
+        return None
+    verify(found[-1])
+    return found[-1]
+
+
+def verify(path: Path) -> int:
+    """The step of a checkpoint whose files are all as they were written.
+
+    Raises InputError if they are not, with the newest earlier one that is whole.
+    """
+    if (damage := _damage(path)) is None:
+        return int(json.loads((path / MANIFEST).read_text())["step"])
+    earlier = next((p for p in reversed(_all(path.parent.parent)) if p.name < path.name and not _damage(p)), None)
+    offer = f"the previous one is whole: --resume {earlier}" if earlier else "and no earlier one is whole"
+    raise InputError(f"checkpoint {path} is damaged ({damage}); {offer}")
+
+
+def locate(resume: str) -> tuple[Path, Path | None]:
+    """The run and the checkpoint that `--resume` means: a run directory (its newest) or one of its checkpoints."""
+    path = Path(resume).expanduser()
+    if (path / CONFIG).is_file():
+        return path, newest(path)
+    run = path.parent.parent
+    if path.parent.name == FOLDER and path.is_dir() and (run / CONFIG).is_file():
+        verify(path)
+        return run, path
+    raise InputError(f"--resume: expected a run directory or one of its checkpoints, got {resume!r}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to fill; renamed to `path` at the end, removed if anything fails.
+
+    Raises InputError where the disk is full or not writable.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        _remove(temporary)
+        yield temporary
+        for file in _files(temporary) if temporary.is_dir() else [temporary]:
+            _flush(file)
+        if path.is_dir():
+            # A directory cannot be renamed onto another; `path` is absent for a moment, its replacement is not.
+            _remove(path)
+        os.rename(temporary, path)
+        _flush(path.parent)
+    except BaseException as error:
+        _remove(temporary)
+        # safetensors reports a full disk in an exception of its own.
+        if isinstance(error, OSError) or "os error" in str(error) or "write" in str(error).lower():
+            raise InputError(f"cannot write {path}: {one_line(error)}; nothing saved before is lost") from error
+        raise
+
+
+def _all(run: Path) -> list[Path]:
+    return sorted((run / FOLDER).glob("step-*"))
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST}: {one_line(error)}"
+    for name, written in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _digest(path / name) != written:
+            return f"{name} has changed"
+    return None
+
+
+def _digest(path: Path) -> list[Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return [path.stat().st_size, digest.hexdigest()]
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,312 @@
+"""The configuration: one small dataclass per part of the loop, checked where it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from cepo import axes
+from cepo.errors import InputError
+from cepo.losses import AVERAGES
+
+HINT = "{prompt}\nHint: the answer is {answer}."
+SPLICE = "{answer}\n"
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise InputError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _one_of(name: str, got: str, choices: Collection[str]) -> None:
+    _require(got in choices, name, f"one of {', '.join(choices)}", got)
+
+
+@dataclass
+class PolicyConfig:
+    """The model that learns.
+
+    Args:
+        model: "embedded", a directory (a run's too: its last checkpoint), or a Hugging Face name.
+        gguf_file: file of a GGUF model in that directory (extra `[gguf]`).
+        compute_dtype: float32, or bfloat16 by autocast; the weights are float32 either way.
+        device: auto, cpu, cuda, cuda:1, ...
+    """
+
+    model: str = "embedded"
+    gguf_file: str | None = None
+    compute_dtype: str = "float32"
+    device: str = "auto"
+
+    def check(self) -> None:
+        _one_of("policy.compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+
+
+@dataclass
+class TaskConfig:
+    """Where the problems come from.
+
+    Args:
+        name: addition, reasoning_gym:<dataset>, or jsonl:<path>.
+        options: the task's own options.
+    """
+
+    name: str = "addition"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RolloutConfig:
+    """How completions are sampled.
+
+    Args:
+        prompts: problems per step.
+        group_size: rollouts per problem.
+        temperature: divides the logits, here and in every log-prob.
+        max_new_tokens: longest completion; null: the task's own.
+        batch_size: rollouts generated at once; 0: all.
+        mask_truncated: leave rollouts that were cut out of the loss; they always score 0 and stay in the group's mean.
+    """
+
+    prompts: int = 16
+    group_size: int = 8
+    temperature: float = 1.0
+    max_new_tokens: int | None = None
+    batch_size: int = 0
+    mask_truncated: bool = False
+
+    def check(self) -> None:
+        _require(self.prompts >= 1, "rollout.prompts", "at least 1", self.prompts)
+        _require(self.group_size >= 2, "rollout.group_size", "at least 2 to compare", self.group_size)
+        _require(0 < self.temperature < float("inf"), "rollout.temperature", "a number above 0", self.temperature)
+        _require(self.max_new_tokens is None or self.max_new_tokens >= 1, "rollout.max_new_tokens", "at least 1",
+                 self.max_new_tokens)  # fmt: skip
+        _require(self.batch_size >= 0, "rollout.batch_size", "at least 0", self.batch_size)
+
+
+@dataclass
+class TeacherConfig:
+    """What the teachers are told.
+
+    Args:
+        template: hint (a sentence in the user's turn) or splice (text after the assistant's header).
+        hint: the user's turn under `hint`; {prompt} and {answer} are filled in.
+        splice: the text under `splice`; {answer} is filled in.
+        negative: group (one wrong answer for the group, as published) or own (a wrong rollout's own answer).
+        share_prefix: prefill each prefix once and share its cache; false: a full pass for every rollout.
+        skip: leave out the teacher passes that cannot matter (A = 0, lambda = 0); false only to check that.
+    """
+
+    template: str = "hint"
+    hint: str = HINT
+    splice: str = SPLICE
+    negative: str = "group"
+    share_prefix: bool = True
+    skip: bool = True
+
+    def check(self) -> None:
+        _one_of("teacher.template", self.template, ("hint", "splice"))
+        _one_of("teacher.negative", self.negative, ("group", "own"))
+        for name, text, fields in (("hint", self.hint, ("prompt", "answer")), ("splice", self.splice, ("answer",))):
+            try:
+                text.format(**dict.fromkeys(fields, ""))
+            except (KeyError, IndexError, ValueError) as error:
+                raise InputError(f"teacher.{name}: expected no braces but {fields}, got {text!r}") from error
+            _require("{answer}" in text, f"teacher.{name}", "a text with {answer}", text)
+
+
+@dataclass
+class RewardConfig:
+    """How good is a rollout?
+
+    Args:
+        name: verifier.
+        success_threshold: a rollout succeeds from this reward on.
+    """
+
+    name: str = "verifier"
+    success_threshold: float = 1.0
+
+    def check(self) -> None:
+        _one_of("reward.name", self.name, axes.members("rewards"))
+
+
+@dataclass
+class AdvantageConfig:
+    """Relative to its group?
+
+    Args:
+        name: grpo, dr_grpo or rloo.
+    """
+
+    name: str = "grpo"
+
+    def check(self) -> None:
+        _one_of("advantage.name", self.name, axes.members("advantages"))
+
+
+@dataclass
+class CreditConfig:
+    """Which tokens earned it?
+
+    Args:
+        name: cepo, rlsd or uniform.
+        lam: how much of the advantage the credit decides in the first step, in [0, 1].
+        lam_steps: steps over which that falls to 0; 0: never; null: as published (cepo 25, rlsd 50).
+        eps_w: the weight is clipped to [1 - eps_w, 1 + eps_w], in [0, 1); null: as published (cepo 0.5, rlsd 0.2).
+    """
+
+    name: str = "cepo"
+    lam: float = 0.5
+    lam_steps: int | None = None
+    eps_w: float | None = None
+
+    def check(self) -> None:
+        _one_of("credit.name", self.name, axes.members("credit"))
+        _require(0 <= self.lam <= 1, "credit.lam", "a number in [0, 1]", self.lam)
+        module = axes.module("credit", self.name)
+        self.lam_steps = module.LAM_STEPS if self.lam_steps is None else self.lam_steps
+        self.eps_w = module.EPS_W if self.eps_w is None else self.eps_w
+        _require(self.lam_steps >= 0, "credit.lam_steps", "at least 0", self.lam_steps)
+        _require(0 <= self.eps_w < 1, "credit.eps_w", "a number in [0, 1)", self.eps_w)
+
+
+@dataclass
+class LossConfig:
+    """How does the policy move?
+
+    Args:
+        name: clipped.
+        clip_low: lower clip of the ratio.
+        clip_high: upper clip of the ratio.
+        average: token, sequence or constant.
+    """
+
+    name: str = "clipped"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    average: str = "token"
+
+    def check(self) -> None:
+        _one_of("loss.name", self.name, axes.members("losses"))
+        _one_of("loss.average", self.average, AVERAGES)
+        _require(0 <= self.clip_low <= 1, "loss.clip_low", "a number in [0, 1]", self.clip_low)
+        _require(self.clip_high >= 0, "loss.clip_high", "at least 0", self.clip_high)
+
+
+@dataclass
+class TrainConfig:
+    """The optimisation.
+
+    Args:
+        steps: batches of rollouts.
+        lr: AdamW's learning rate.
+        warmup_steps: steps over which it rises from 0.
+        weight_decay: AdamW's.
+        max_grad_norm: gradients are scaled down to this norm.
+        updates_per_batch: optimiser steps on each batch of rollouts.
+        prompts_per_pass: groups in one forward and backward pass; 0: all.
+        seed: of the problems and the sampling noise.
+    """
+
+    steps: int = 60
+    lr: float = 3e-4
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    updates_per_batch: int = 1
+    prompts_per_pass: int = 0
+    seed: int = 0
+
+    def check(self) -> None:
+        _require(0 < self.lr < float("inf"), "train.lr", "a number above 0", self.lr)
+        _require(self.max_grad_norm > 0, "train.max_grad_norm", "a number above 0", self.max_grad_norm)
+        for name, least in (("steps", 1), ("warmup_steps", 0), ("weight_decay", 0), ("updates_per_batch", 1),
+                            ("prompts_per_pass", 0), ("seed", 0)):  # fmt: skip
+            value = getattr(self, name)
+            _require(value >= least, f"train.{name}", f"at least {least}", value)
+
+
+@dataclass
+class EvalConfig:
+    """Held-out accuracy, sampled and greedy.
+
+    Args:
+        split: validation or test.
+        problems: how many.
+        every: steps between two evaluations besides the first and the last; 0: none.
+        temperature: of the sampled one.
+        seed: of its noise, which is the same at every evaluation.
+    """
+
+    split: str = "validation"
+    problems: int = 512
+    every: int = 20
+    temperature: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        _one_of("eval.split", self.split, ("validation", "test"))
+        _require(self.problems >= 1, "eval.problems", "at least 1", self.problems)
+        _require(self.every >= 0, "eval.every", "at least 0", self.every)
+        _require(0 < self.temperature < float("inf"), "eval.temperature", "a number above 0", self.temperature)
+
+
+@dataclass
+class CheckpointConfig:
+    """What survives a crash.
+
+    Args:
+        every: steps between two checkpoints; the last step always gets one.
+        keep: how many to keep, at least 1.
+    """
+
+    every: int = 20
+    keep: int = 2
+
+    def check(self) -> None:
+        _require(self.every >= 1, "checkpoint.every", "at least 1", self.every)
+        _require(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
+
+
+@dataclass
+class Config:
+    """Everything a run is made of.
+
+    Args:
+        policy: the model that learns.
+        task: where the problems come from.
+        rollout: how completions are sampled.
+        teacher: what the teachers are told.
+        reward: how good is a rollout?
+        advantage: relative to its group?
+        credit: which tokens earned it?
+        loss: how does the policy move?
+        train: the optimisation.
+        eval: held-out accuracy, sampled and greedy.
+        checkpoint: what survives a crash.
+        backend: of cepo_kernels; `cepo doctor` lists them.
+        run_dir: where the run is kept; null: a fresh directory under runs/.
+    """
+
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    backend: str = "auto"
+    run_dir: str | None = None
+
+    def check(self) -> Config:
+        """Fill in what depends on a method's name. Raises InputError, in one line, for the first bad value."""
+        for part in (self.policy, self.rollout, self.teacher, self.reward, self.advantage, self.credit, self.loss,
+                     self.train, self.eval, self.checkpoint):  # fmt: skip
+            part.check()
+        return self

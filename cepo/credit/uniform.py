@@ -1,0 +1,25 @@
+"""Credit axis: every token of a rollout gets its advantage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from cepo_kernels import ContrastiveLogprobs, contrastive_logprobs
+
+TEACHERS: tuple[str, ...] = ()
+EPS_W = 0.0
+LAM_STEPS = 0
+
+
+def uniform(
+    policy_logits: Tensor,
+    positive_logits: Tensor | None,
+    negative_logits: Tensor | None,
+    labels: Tensor,
+    advantages: Tensor,
+    **options: Any,
+) -> ContrastiveLogprobs:
+    """A_t = A. Teachers are not read."""
+    return contrastive_logprobs(policy_logits, None, None, labels, advantages, **options)

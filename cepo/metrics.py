@@ -1,0 +1,67 @@
+"""What a run says about itself: metrics.jsonl, one record a line, and the time each phase of a step takes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cepo import checkpoint
+from cepo.errors import InputError, one_line
+
+FILE = "metrics.jsonl"
+
+
+class Clock:
+    """Seconds per phase of one step. On a GPU it waits for the phase's work, or times would land on the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._cuda = device.type == "cuda"
+        self._start = self._now()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+
+    def total(self) -> float:
+        return self._now() - self._start
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def append(run: Path, record: dict[str, Any]) -> None:
+    """Add one record. Raises InputError where the disk is full."""
+    try:
+        with (run / FILE).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {run / FILE}: {one_line(error)}; resume with --resume {run}") from error
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """All whole records; a line that a crash cut short is left out."""
+    records = []
+    for line in (run / FILE).read_text().splitlines() if (run / FILE).exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def cut_back(run: Path, step: int | None) -> None:
+    """Drop what was recorded after `step`, or everything if None: those steps will be taken again."""
+    kept = [record for record in read(run) if step is not None and record["step"] <= step]
+    with checkpoint.replacing(run / FILE) as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))

@@ -1,0 +1,248 @@
+"""The policy: a causal language model, its tokenizer, and the way from token ids to logits of response tokens.
+
+Only response rows go through the head, and they come out packed: (N, V) for the N response tokens of a batch, rollout
+after rollout, ready for `cepo_kernels`. The model stays in evaluation mode throughout, so an on-policy ratio is 1.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cepo import checkpoint
+from cepo.config import PolicyConfig
+from cepo.errors import InputError, one_line
+
+EMBEDDED = Path(__file__).parent / "assets" / "addition-0.8m"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model and what is needed to talk to it."""
+
+    model: Any
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    context: int
+    """Longest sequence the model takes, in tokens."""
+    compute_dtype: torch.dtype = torch.float32
+    split_head: bool = True
+    """Whether logits are head(base model), so that the head can be run on some rows only."""
+    logit_options: dict[str, float] = field(default_factory=dict)
+    """`logit_scale` and `logit_softcap` for the kernels, where the head alone leaves them out."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+
+
+def load_policy(config: PolicyConfig) -> Policy:
+    """Load the model of `config`, float32, in evaluation mode. Raises InputError if that fails."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it would break the trainer's own
+    device = _device(config.device)
+    source = resolve(config.model)
+    options = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"policy.model: cannot load {config.model!r}: {one_line(error)[:300]}") from error
+    if getattr(model.config, "quantization_config", None) is not None:
+        model = _without_quantization(model)
+    return make_policy(model.to(device), tokenizer, compute_dtype=getattr(torch, config.compute_dtype))
+
+
+def make_policy(model: Any, tokenizer: Any, compute_dtype: torch.dtype = torch.float32) -> Policy:
+    """Wrap a causal LM of transformers and its tokenizer. Raises InputError if no end-of-sequence token is known."""
+    model.eval()
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos_ids:
+        eos_ids.append(tokenizer.eos_token_id)
+    if not eos_ids:
+        raise InputError(
+            "policy.model: expected an end-of-sequence token in the model's or tokenizer's config, got none"
+        )
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
+    config = model.config.get_text_config()
+    options = {}
+    if getattr(config, "final_logit_softcapping", None):
+        options["logit_softcap"] = float(config.final_logit_softcapping)
+    if getattr(config, "logit_scale", None):
+        options["logit_scale"] = float(config.logit_scale)
+    if getattr(config, "logits_scaling", None):
+        options["logit_scale"] = 1 / float(config.logits_scaling)
+    context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+    split = _head_is_separable(model, options, eos_ids[0])
+    return Policy(model, tokenizer, tuple(eos_ids), pad_id, context, compute_dtype, split, options if split else {})
+
+
+def resolve(name: str) -> str:
+    """The directory or name to load: "embedded", and run directories, which stand for their last checkpoint."""
+    if name == "embedded":
+        return str(EMBEDDED)
+    path = Path(name).expanduser()
+    if (path / checkpoint.FOLDER).is_dir():
+        found = checkpoint.newest(path)
+        if found is None:
+            raise InputError(f"policy.model: the run {name!r} has no checkpoint yet")
+        return str(found)
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise InputError(f"policy.model: expected 'embedded', a directory or a Hugging Face name, got {name!r}")
+    return name
+
+
+def render(policy: Policy, text: str) -> str:
+    """`text` as a user turn in the tokenizer's chat template, the assistant's header after it; plain without one."""
+    if not policy.tokenizer.chat_template:
+        return text
+    turn = [{"role": "user", "content": text}]
+    return str(policy.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+
+def encode(policy: Policy, rendered: str) -> list[int]:
+    """Token ids of a rendered context; the special tokens of a chat template are in it already. Never empty."""
+    plain = not policy.tokenizer.chat_template
+    ids: list[int] = policy.tokenizer(rendered, add_special_tokens=plain)["input_ids"]
+    if not ids:
+        raise InputError("prompt: expected at least one token, got none")
+    return ids
+
+
+def response_logits(policy: Policy, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
+    """Logits that predict every response token given its context: (N, V), a full pass for each of B rollouts.
+
+    Contexts are padded on the left and responses on the right, so that responses line up.
+    """
+    before = _pad([list(context)[:-1] for context in contexts], policy.pad_id, left=True)
+    within = _pad(_shifted(contexts, responses), policy.pad_id)
+    ids, mask = (torch.cat(pair, dim=1).to(policy.device) for pair in zip(before, within, strict=True))
+    wanted = torch.cat([torch.zeros_like(before[1]), within[1]], dim=1).to(policy.device)
+    return _logits(policy, wanted, ids, mask, _positions(policy, mask))
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Contexts that went through the model once, all but their last token: K of them, padded to one length on the left."""
+
+    ids: Sequence[Sequence[int]]
+    cache: Any
+    mask: Tensor
+
+
+@torch.no_grad()
+def prefill(policy: Policy, prefixes: Sequence[Sequence[int]]) -> Prefixes:
+    """Run K prefixes through the model and keep their keys and values."""
+    from transformers import DynamicCache
+
+    ids, mask = (part.to(policy.device) for part in _pad([list(p)[:-1] for p in prefixes], policy.pad_id, left=True))
+    cache = DynamicCache(config=policy.model.config)
+    if ids.shape[1]:
+        positions = _positions(policy, mask)
+        with policy.autocast():
+            policy.model.base_model(
+                input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **positions
+            )
+    return Prefixes(prefixes, cache, mask)
+
+
+@torch.no_grad()
+def continued_logits(
+    policy: Policy, prefixes: Prefixes, index: Sequence[int], responses: Sequence[Sequence[int]]
+) -> Tensor:
+    """Logits that predict every token of response b given prefix `index[b]`: (N, V), the prefixes not run again."""
+    ids, wanted = (
+        part.to(policy.device) for part in _pad(_shifted([prefixes.ids[k] for k in index], responses), policy.pad_id)
+    )
+    rows = torch.tensor(index, device=policy.device)
+    cache = copy.deepcopy(prefixes.cache)
+    cache.batch_select_indices(rows)
+    mask = torch.cat([prefixes.mask[rows], wanted], dim=1)
+    positions = {name: value[:, -ids.shape[1] :] for name, value in _positions(policy, mask).items()}
+    return _logits(policy, wanted, ids, mask, positions, cache)
+
+
+def _shifted(contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Inputs whose outputs predict the responses: the context's last token, then the response but for its last."""
+    return [[context[-1], *response[:-1]] for context, response in zip(contexts, responses, strict=True)]
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Ids, int64, and the mask of what is not padding, bool; both (B, longest)."""
+    width = max(map(len, rows))
+    fill = [[pad_id] * (width - len(row)) for row in rows]
+    ids = [[*f, *row] if left else [*row, *f] for f, row in zip(fill, rows, strict=True)]
+    mask = torch.arange(width)[None, :] < torch.tensor([len(row) for row in rows])[:, None]
+    return torch.tensor(ids, dtype=torch.int64).reshape(len(rows), width), mask.flip(1) if left else mask
+
+
+def _positions(policy: Policy, mask: Tensor) -> dict[str, Tensor]:
+    """Positions that count real tokens only, for models that take them."""
+    if "position_ids" not in inspect.signature(policy.model.forward).parameters:
+        return {}
+    return {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
+
+
+def _logits(
+    policy: Policy, wanted: Tensor, ids: Tensor, mask: Tensor, positions: dict[str, Tensor], cache: Any = None
+) -> Tensor:
+    inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": cache is not None, **positions}
+    if cache is not None:
+        inputs["past_key_values"] = cache
+    with policy.autocast():
+        if not policy.split_head:
+            return policy.model(**inputs).logits[wanted]  # type: ignore[no-any-return]
+        hidden_states = policy.model.base_model(**inputs).last_hidden_state
+        return policy.model.get_output_embeddings()(hidden_states[wanted])  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _head_is_separable(model: Any, options: dict[str, float], token: int) -> bool:
+    """Ask the model: some transform the head's output in ways that no config key tells."""
+    ids = torch.full((1, 2), token, device=next(model.parameters()).device)
+    try:
+        whole = model(input_ids=ids, use_cache=False).logits
+        rows = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    except (AttributeError, TypeError):
+        return False
+    rows = rows * options.get("logit_scale", 1.0)
+    if cap := options.get("logit_softcap"):
+        rows = cap * torch.tanh(rows / cap)
+    return torch.allclose(whole, rows, rtol=1e-4, atol=1e-4)
+
+
+def _without_quantization(model: Any) -> Any:
+    """The same weights in a model whose config does not claim to be quantised, which could not be saved."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    fresh = type(model)(config)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"policy.device: expected auto, cpu or a usable device, got {name!r}") from error
+    return device

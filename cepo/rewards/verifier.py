@@ -1,0 +1,28 @@
+"""Reward axis: the task's own check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cepo.tasks import Problem, Task
+
+
+def verifier(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    task: Task,
+    problem: Sequence[Problem],
+    truncated: Sequence[bool],
+    **columns: Any,
+) -> list[float | None]:
+    """r = the task's score in [0, 1]; 0 for a rollout that was cut at the maximum length; None if it cannot be scored.
+
+    All sequences have one entry per rollout.
+    """
+    return [
+        0.0 if cut else task.score(completion, one)
+        for completion, one, cut in zip(completions, problem, truncated, strict=True)
+    ]

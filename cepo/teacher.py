@@ -1,0 +1,178 @@
+"""What the teachers are told: a right answer r+ and a wrong one r- for every group, and the contexts that say so.
+
+The teachers are the policy itself with an answer in its context. r- is the answer of the group's worst wrong rollout:
+of those with the lowest reward the first that was not truncated and states an answer the task does not accept. If none
+states one, the last line of the first, at most 64 tokens. If none of that is usable, the group has no r- and the policy
+takes the negative teacher's place, which is RLSD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cepo.config import TeacherConfig
+from cepo.errors import InputError
+from cepo.policy import Policy, Prefixes, continued_logits, encode, prefill, render, response_logits
+from cepo.rollout import Rollouts
+from cepo.tasks import Problem, Task
+
+LAST_LINE_TOKENS = 64
+
+
+class WrongAnswer(NamedTuple):
+    """A wrong answer, and whether it is a last line because none could be parsed."""
+
+    answer: str
+    last_line: bool
+
+
+@dataclass
+class Teachers:
+    """The contexts of a batch: K distinct prefixes, and which of them rollout b has for each teacher."""
+
+    prefixes: list[list[int]] = field(default_factory=list)
+    positive: list[int] = field(default_factory=list)
+    """(B,) index into `prefixes`."""
+    negative: list[int | None] = field(default_factory=list)
+    """(B,) index into `prefixes`; None: no r-."""
+    statistics: dict[str, float] = field(default_factory=dict)
+
+
+def wrong_answer(
+    policy: Policy, task: Task, problem: Problem, completions: Sequence[str], rewards: Sequence[float]
+) -> WrongAnswer | None:
+    """r- from the completions of one problem, all of them wrong and not truncated, or None if none is usable."""
+    order = sorted(range(len(completions)), key=lambda i: rewards[i])
+    for i in order:
+        answer = task.parse_answer(completions[i])
+        if answer is not None and answer.strip() and not task.accepts(answer, problem):
+            return WrongAnswer(answer.strip(), False)
+    for i in order:
+        lines = completions[i].strip().splitlines()
+        if task.parse_answer(completions[i]) is None and lines:
+            ids = policy.tokenizer(lines[-1], add_special_tokens=False)["input_ids"][:LAST_LINE_TOKENS]
+            line = str(policy.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            if line and not task.accepts(line, problem):
+                return WrongAnswer(line, True)
+    return None
+
+
+def teacher_context(policy: Policy, config: TeacherConfig, problem: Problem, answer: str) -> list[int]:
+    """Token ids of the prompt with `answer` in it, rendered as one text."""
+    if config.template == "hint":
+        return encode(policy, render(policy, config.hint.format(prompt=problem.prompt, answer=answer)))
+    return encode(policy, render(policy, problem.prompt) + config.splice.format(answer=answer))
+
+
+def build(
+    policy: Policy,
+    config: TeacherConfig,
+    task: Task,
+    rollouts: Rollouts,
+    rewards: Sequence[float | None],
+    threshold: float,
+) -> Teachers:
+    """The contexts for every rollout. `rewards` is (B,); a rollout is wrong below `threshold`.
+
+    Raises InputError if a context and its responses exceed the model's context.
+    """
+    teachers = Teachers()
+    known: dict[tuple[int, ...], int] = {}
+    wrong = shared = last_lines = missing = same = 0
+
+    def index(p: int, answer: str) -> int:
+        ids = teacher_context(policy, config, rollouts.problems[p], answer)
+        longest = max(len(rollouts.responses[b]) for b in members)
+        if len(ids) + longest > policy.context:
+            raise InputError(
+                f"teacher context of prompt {rollouts.problems[p].prompt[:40]!r}: expected at most {policy.context} "
+                f"tokens, the model's context, got {len(ids)} + {longest} of the response"
+            )
+        if tuple(ids) not in known:
+            known[tuple(ids)] = len(teachers.prefixes)
+            teachers.prefixes.append(ids)
+        return known[tuple(ids)]
+
+    def usable(b: int) -> bool:
+        return _is_wrong(rewards[b], threshold) and not rollouts.truncated[b]
+
+    def choose(p: int, candidates: Sequence[int]) -> WrongAnswer | None:
+        texts = [rollouts.completions[b] for b in candidates]
+        return wrong_answer(policy, task, rollouts.problems[p], texts, [rewards[b] or 0.0 for b in candidates])
+
+    for p, problem in enumerate(rollouts.problems):
+        members = range(p * rollouts.group_size, (p + 1) * rollouts.group_size)
+        positive = index(p, problem.answer)
+        common = choose(p, [b for b in members if usable(b)])
+        for b in members:
+            chosen = choose(p, [b]) if config.negative == "own" and usable(b) else None
+            chosen = chosen or common
+            negative = None if chosen is None else index(p, chosen.answer)
+            teachers.positive.append(positive)
+            teachers.negative.append(negative)
+            if _is_wrong(rewards[b], threshold):
+                wrong += 1
+                missing += chosen is None
+                last_lines += chosen is not None and chosen.last_line
+                same += negative == positive
+                shared += chosen is not None and task.parse_answer(rollouts.completions[b]) == chosen.answer
+    if wrong:
+        counts = {"shared": shared, "last_line": last_lines, "missing": missing, "same_as_positive": same}
+        teachers.statistics = {f"negative_{name}": count / wrong for name, count in counts.items()}
+    return teachers
+
+
+def _is_wrong(reward: float | None, threshold: float) -> bool:
+    return reward is not None and reward < threshold
+
+
+class TeacherLogits(NamedTuple):
+    """Both teachers' logits of N response tokens, (N, V); `negative_mask`, (N,) bool, is False where there is no r-."""
+
+    positive: Tensor | None
+    negative: Tensor | None
+    negative_mask: Tensor | None
+
+
+NO_TEACHERS = TeacherLogits(None, None, None)
+
+
+@torch.no_grad()
+def teacher_logits(
+    policy: Policy,
+    config: TeacherConfig,
+    teachers: Teachers,
+    names: Sequence[str],
+    rollouts: Rollouts,
+    rows: Sequence[int],
+) -> TeacherLogits:
+    """Run the teachers called `names` ("positive", "negative") on the responses of `rows`.
+
+    Each distinct prefix goes through the model once and its cache serves all its rollouts.
+    """
+    responses = [rollouts.responses[b] for b in rows]
+    positive = [teachers.positive[b] for b in rows]
+    # A rollout without r- needs some row in the negative teacher's place; the mask says that it is never read.
+    present = [teachers.negative[b] is not None and "negative" in names for b in rows]
+    negative = [_or(teachers.negative[b], teachers.positive[b]) for b in rows]
+    used = sorted({*positive, *(k for k, there in zip(negative, present, strict=True) if there)})
+    prefixes = prefill(policy, [teachers.prefixes[k] for k in used]) if config.share_prefix else None
+
+    def logits(index: Sequence[int]) -> Tensor:
+        if isinstance(prefixes, Prefixes):
+            return continued_logits(policy, prefixes, [used.index(k) for k in index], responses)
+        return response_logits(policy, [teachers.prefixes[k] for k in index], responses)
+
+    if not any(present):
+        return TeacherLogits(logits(positive), None, None)
+    mask = torch.tensor([there for r, there in zip(responses, present, strict=True) for _ in r], device=policy.device)
+    return TeacherLogits(logits(positive), logits(negative), mask)
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
