@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, RowOptions
 
-# How columns are dealt to lanes is a function of V alone, so that a row's bits are too. Four columns of a lane are in
-# flight at once: 1024 lanes of bfloat16 make 8 KB a program.
-MAX_BLOCK, MIN_BLOCK = 1024, 64
+# How columns are dealt to lanes is a function of V and of whether there is a cap, so that a row's bits are too. Four
+# lanes a thread and eight columns a lane keep 8 KB of bfloat16 in flight a program, and accumulators in registers.
+MAX_BLOCK, MIN_BLOCK, UNROLL = 512, 32, 8
 # Launch with these: a product and a sum become one operation only where the kernel says so.
 COMPILE_OPTIONS = {"enable_fp_fusion": False}
 
@@ -42,7 +42,8 @@ def unavailable(device_type: str) -> str | None:
 def forward(inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
     options = inputs.options
     vocabulary = inputs.policy.shape[-1]
-    block, warps = row_shape(vocabulary)
+    softcap = options.logit_softcap is not None
+    shape = row_shape(vocabulary, softcap)
     scalars = [*_shared(options), inputs.lam, inputs.eps_w]
     values, numbers = _values(scalars, inputs.policy.device)
     with _current(inputs.policy.device):
@@ -52,14 +53,15 @@ def forward(inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
             *(buffer if buffer.numel() else None for buffer in outputs),
             *_strides(inputs.policy), *_strides(inputs.positive), *_strides(inputs.negative),
             inputs.policy.shape[1], vocabulary, options.ignore_index, *numbers,
-            SOFTCAP=options.logit_softcap is not None, BLOCK=block, num_warps=warps, **COMPILE_OPTIONS,
+            SOFTCAP=softcap, BLOCK=shape.block, UNROLL=shape.unroll, num_warps=shape.warps, **COMPILE_OPTIONS,
         )  # fmt: skip
 
 
 def backward(inputs: BackwardInputs) -> None:
     options = inputs.options
     vocabulary = inputs.policy.shape[-1]
-    block, warps = row_shape(vocabulary)
+    softcap = options.logit_softcap is not None
+    shape = row_shape(vocabulary, softcap)
     values, numbers = _values(_shared(options), inputs.policy.device)
     with _current(inputs.policy.device):
         _kernels().backward_kernel[(inputs.labels.numel(),)](
@@ -67,16 +69,23 @@ def backward(inputs: BackwardInputs) -> None:
             inputs.logprobs, inputs.stats, _per_row(options), values,
             *_strides(inputs.gradient), *_strides(inputs.policy),
             inputs.policy.shape[1], vocabulary, options.ignore_index, *numbers,
-            SOFTCAP=options.logit_softcap is not None, BLOCK=block * 2, num_warps=warps, **COMPILE_OPTIONS,
+            SOFTCAP=softcap, BLOCK=4 * shape.block, num_warps=shape.warps, **COMPILE_OPTIONS,
         )  # fmt: skip
 
 
-def row_shape(vocabulary: int) -> tuple[int, int]:
-    """Lanes and warps of a forward program. Eight lanes a thread: 16 bytes of bfloat16 in one load."""
+class RowShape(NamedTuple):
+    """How a forward program deals columns to lanes, and how many of a lane's it takes at once."""
+
+    block: int
+    unroll: int
+    warps: int
+
+
+def row_shape(vocabulary: int, softcap: bool) -> RowShape:
     block = MIN_BLOCK
-    while block < MAX_BLOCK and 4 * block < vocabulary:
+    while block < MAX_BLOCK and UNROLL * block < vocabulary:
         block *= 2
-    return block, max(1, block // 256)
+    return RowShape(block, UNROLL // 2 if softcap else UNROLL, max(1, block // 128))
 
 
 @functools.cache

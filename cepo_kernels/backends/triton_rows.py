@@ -64,19 +64,21 @@ def _load(row, columns, vocabulary, label, inner_high, inner_low, SOFTCAP: tl.co
 
 
 @triton.jit
-def _load4(row, columns, vocabulary, label, inner_high, inner_low, SOFTCAP: tl.constexpr, EDGE: tl.constexpr):
-    BLOCK: tl.constexpr = columns.shape[0]
-    x0 = _load(row, columns, vocabulary, label, inner_high, inner_low, SOFTCAP, EDGE)
-    x1 = _load(row, columns + BLOCK, vocabulary, label, inner_high, inner_low, SOFTCAP, EDGE)
-    x2 = _load(row, columns + 2 * BLOCK, vocabulary, label, inner_high, inner_low, SOFTCAP, EDGE)
-    x3 = _load(row, columns + 3 * BLOCK, vocabulary, label, inner_high, inner_low, SOFTCAP, EDGE)
-    return x0, x1, x2, x3
+def _load_all(
+    row, columns, vocabulary, label, inner_high, inner_low,
+    SOFTCAP: tl.constexpr, EDGE: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    loaded = ()
+    for i in tl.static_range(UNROLL):
+        of = columns + i * columns.shape[0]
+        loaded = loaded + (_load(row, of, vocabulary, label, inner_high, inner_low, SOFTCAP, EDGE),)
+    return loaded
 
 
 @triton.jit
 def _lanes(
     row, vocabulary, label, k, inner_high, inner_low,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Per lane: maximum m; s = sum e; and for the entropy r = sum of the e below the maximum, n = how many are at it,
     u = sum (x - m) k e."""
@@ -86,33 +88,37 @@ def _lanes(
     r = tl.zeros((BLOCK,), tl.float32)
     n = tl.zeros((BLOCK,), tl.float32)
     u = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocabulary, 4 * BLOCK):
-        stop = start + 4 * BLOCK
+    for start in range(0, vocabulary, UNROLL * BLOCK):
+        stop = start + UNROLL * BLOCK
         columns = start + lane
         if (stop > vocabulary) | ((label >= start) & (label < stop)):
-            x0, x1, x2, x3 = _load4(row, columns, vocabulary, label, inner_high, inner_low, SOFTCAP, True)
+            xs = _load_all(row, columns, vocabulary, label, inner_high, inner_low, SOFTCAP, True, UNROLL)
         else:
-            x0, x1, x2, x3 = _load4(row, columns, vocabulary, label, inner_high, inner_low, SOFTCAP, False)
-        top = tl.maximum(m, tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)))
-        t0, t1, t2, t3 = (x0 - top) * k, (x1 - top) * k, (x2 - top) * k, (x3 - top) * k
-        e0, e1, e2, e3 = tl.exp2(t0), tl.exp2(t1), tl.exp2(t2), tl.exp2(t3)
+            xs = _load_all(row, columns, vocabulary, label, inner_high, inner_low, SOFTCAP, False, UNROLL)
+        top = m
+        for i in tl.static_range(UNROLL):
+            top = tl.maximum(top, xs[i])
+        same = m == top
         shift = (m - top) * k
         factor = tl.exp2(shift)
+        # Each step is summed by itself first: the long sum then takes one rounding a step, not one a column.
+        sum_e = tl.zeros((BLOCK,), tl.float32)
+        sum_te = tl.zeros((BLOCK,), tl.float32)
+        below = tl.zeros((BLOCK,), tl.float32)
+        old_n, n = n, tl.where(same, n, 0.0)
+        for i in tl.static_range(UNROLL):
+            t = (xs[i] - top) * k
+            e = tl.exp2(t)
+            sum_e += e
+            if ENTROPY:
+                at_top = xs[i] == top
+                sum_te = tl.fma(tl.maximum(t, VANISHED), e, sum_te)
+                below += tl.where(at_top, 0.0, e)
+                n += tl.where(at_top, 1.0, 0.0)
         if ENTROPY:
-            terms = tl.fma(tl.maximum(t0, VANISHED), e0, tl.maximum(t1, VANISHED) * e1)
-            terms = tl.fma(tl.maximum(t2, VANISHED), e2, terms)
-            terms = tl.fma(tl.maximum(t3, VANISHED), e3, terms)
-            u = tl.fma(factor, tl.fma(tl.maximum(shift, VANISHED), s, u), terms)
-            below = (tl.where(x0 == top, 0.0, e0) + tl.where(x1 == top, 0.0, e1)) + (
-                tl.where(x2 == top, 0.0, e2) + tl.where(x3 == top, 0.0, e3)
-            )
-            at = (tl.where(x0 == top, 1.0, 0.0) + tl.where(x1 == top, 1.0, 0.0)) + (
-                tl.where(x2 == top, 1.0, 0.0) + tl.where(x3 == top, 1.0, 0.0)
-            )
-            same = m == top
-            r = tl.fma(factor, r + tl.where(same, 0.0, n), below)
-            n = tl.where(same, n, 0.0) + at
-        s = tl.fma(s, factor, (e0 + e1) + (e2 + e3))
+            u = tl.fma(factor, tl.fma(tl.maximum(shift, VANISHED), s, u), sum_te)
+            r = tl.fma(factor, r + tl.where(same, 0.0, old_n), below)
+        s = tl.fma(factor, s, sum_e)
         m = top
     return m, s, r, n, u
 
@@ -144,19 +150,17 @@ def _tanh64(x):
 @triton.jit
 def _sums(
     row, vocabulary, label, unit, inner,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """S, M, the label's logit, and for the entropy R and -U / S in nats. Nothing is read where the label is negative.
+    """S and M, and for the entropy R and -U / S in nats. Nothing is read where the label is negative.
 
-    M is +inf, and the label's logit NaN, where the row has no distribution.
+    M is +inf where a column other than the label's is +inf or NaN.
     """
     k = (unit * LOG2E).to(tl.float32)
     inner_high = inner.to(tl.float32)
     inner_low = (inner - inner_high.to(tl.float64)).to(tl.float32)
     columns = tl.where(label >= 0, vocabulary, 0)
-    m, s, r, n, u = _lanes(row, columns, label, k, inner_high, inner_low, SOFTCAP, ENTROPY, BLOCK)
-    x = tl.load(row + label, mask=label >= 0, other=float("nan")).to(tl.float32)
-    x = tl.where(x == float("inf"), float("nan"), x)
+    m, s, r, n, u = _lanes(row, columns, label, k, inner_high, inner_low, SOFTCAP, ENTROPY, BLOCK, UNROLL)
     top = tl.max(tl.where(s == s, m, float("inf")), 0)
     factor = tl.exp2((m - top) * k)
     # The lane at the top holds 1 or more: 2^-34 is small enough a unit, and large enough for 2^28 columns.
@@ -170,7 +174,13 @@ def _sums(
         rest += tl.where(count > 0, count - 1, 0).to(tl.float64)
         shift = tl.maximum((m - top) * k, VANISHED)
         mean = _total(-factor * tl.fma(shift, s, u)) * LN2 / (1.0 + rest)
-    return total, top, x, rest, mean
+    return total, top, rest, mean
+
+
+@triton.jit
+def _label_logit(row, label):
+    x = tl.load(row + label, mask=label >= 0, other=float("nan")).to(tl.float32)
+    return tl.where(x == float("inf"), float("nan"), x)
 
 
 @triton.jit
@@ -228,7 +238,7 @@ def forward_kernel(
     negative_outer: tl.int64, negative_inner: tl.int64, inner_rows: tl.int64, vocabulary: tl.int32,
     ignore_index: tl.int64,
     scale: tl.float64, cap: tl.float64, temperature: tl.float64, lam: tl.float64, eps_w: tl.float64,
-    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Everything that the call asked for of one row: a tensor that is None was not given or not asked for."""
     row = tl.program_id(0).to(tl.int64)
@@ -246,26 +256,29 @@ def forward_kernel(
     label = tl.where((label >= 0) & (label < vocabulary), label, -1).to(tl.int32)
     unit, inner = _options(values, scale, cap, temperature, temperatures, row, SOFTCAP)
 
-    total, top, x, rest, mean = _sums(
-        _start(policy, row, inner_rows, policy_outer, policy_inner),
-        vocabulary, label, unit, inner, SOFTCAP, entropy is not None, BLOCK,
-    )  # fmt: skip
-    positive_total, positive_top, positive_x = total, top, x
-    negative_total, negative_top, negative_x = total, top, x
+    policy = _start(policy, row, inner_rows, policy_outer, policy_inner)
+    total, top, rest, mean = _sums(policy, vocabulary, label, unit, inner, SOFTCAP, entropy is not None, BLOCK, UNROLL)
+    positive_total, positive_top = total, top
     if positive is not None:
-        positive_total, positive_top, positive_x, _, _ = _sums(
-            _start(positive, row, inner_rows, positive_outer, positive_inner),
-            vocabulary, label, unit, inner, SOFTCAP, False, BLOCK,
-        )  # fmt: skip
+        positive = _start(positive, row, inner_rows, positive_outer, positive_inner)
+        positive_total, positive_top, _, _ = _sums(positive, vocabulary, label, unit, inner, SOFTCAP, False, BLOCK, UNROLL)
+    negative_total, negative_top = total, top
+    used = label == label
     if negative is not None:
-        used = label == label
         if negative_mask is not None:
             used = tl.load(negative_mask + row) != 0
+        negative = _start(negative, row, inner_rows, negative_outer, negative_inner)
         if used:
-            negative_total, negative_top, negative_x, _, _ = _sums(
-                _start(negative, row, inner_rows, negative_outer, negative_inner),
-                vocabulary, label, unit, inner, SOFTCAP, False, BLOCK,
-            )  # fmt: skip
+            negative_total, negative_top, _, _ = _sums(negative, vocabulary, label, unit, inner, SOFTCAP, False, BLOCK, UNROLL)
+
+    # Last, and not each beside its sums: a value less to hold through the loops over the next rows.
+    x = _label_logit(policy, label)
+    positive_x, negative_x = x, x
+    if positive is not None:
+        positive_x = _label_logit(positive, label)
+    if negative is not None:
+        negative_x = _label_logit(negative, tl.where(used, label, -1))
+        negative_x = tl.where(used, negative_x, x)
 
     # Float64 is dear on most GPUs, and every thread would do it for each of the three: let lanes share it.
     index = tl.arange(0, 4)
