@@ -77,12 +77,20 @@ def scalar(name: str, value: float | Tensor) -> Tensor:
         return value.detach()
     if isinstance(value, (bool, str)) or value is None:
         raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(value).__name__}")
-    return torch.zeros((), dtype=torch.float64) + value
+    if torch.compiler.is_compiling():
+        return torch.zeros((), dtype=torch.float64) + value
+    return torch.full((), value, dtype=torch.float64)
+
+
+def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Every label is ``ignore_index`` or a column. For CPU backends: elsewhere it would stall the queue."""
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    if wrong.any():
+        raise ValueError(f"labels: expected {ignore_index} or 0 <= label < {vocabulary}, got {int(labels[wrong][0])}")
 
 
 def check_values(
     labels: Tensor,
-    vocabulary: int,
     ignore_index: int,
     lam: Tensor,
     eps_w: Tensor,
@@ -91,12 +99,6 @@ def check_values(
     logit_softcap: Tensor | None,
 ) -> None:
     """Values that live on the CPU; reading those of an accelerator would stall its queue."""
-    if labels.device.type == "cpu":
-        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
-        if wrong.any():
-            raise ValueError(
-                f"labels: expected {ignore_index} or 0 <= label < {vocabulary}, got {int(labels[wrong][0])}"
-            )
     check_credit_values(lam, eps_w)
     _within("logit_scale", logit_scale, "a positive finite number", lambda v: 0 < v < float("inf"))
     if logit_softcap is not None:

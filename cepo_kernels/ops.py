@@ -51,7 +51,7 @@ def _forward_buffers(
     dtype = torch.float64 if wide else torch.float32
 
     def rows(wanted: bool) -> Tensor:
-        return policy.new_empty(labels.shape if wanted else (0,), dtype=dtype)
+        return torch.empty(labels.shape if wanted else (0,), dtype=dtype, device=policy.device)
 
     return ForwardOutputs(
         logprobs=rows(True),
@@ -61,7 +61,7 @@ def _forward_buffers(
         weight=rows(positive is not None and advantages is not None),
         advantages=rows(advantages is not None),
         entropy=rows(return_entropy),
-        stats=policy.new_empty((*labels.shape, STATS), dtype=torch.float32),
+        stats=torch.empty((labels.numel(), STATS), dtype=torch.float32, device=policy.device),
     )
 
 
@@ -83,14 +83,13 @@ def _forward(
 ) -> ForwardOutputs:
     outputs = _forward_buffers(policy, positive, negative, labels, advantages, return_entropy, backend)
     chosen = backends.choose(backend, policy.device.type, outputs.logprobs.dtype)
-    check_values(labels, policy.shape[-1], ignore_index, lam, eps_w, temperature, logit_scale, logit_softcap)
+    check_values(labels, ignore_index, lam, eps_w, temperature, logit_scale, logit_softcap)
     if labels.numel() == 0:
         return outputs
     flat_labels = row_values(labels, labels.shape, torch.int64)
     flat_advantages = row_values(advantages, labels.shape, outputs.logprobs.dtype)
     flat_mask = row_values(negative_mask, labels.shape, torch.bool)
     temperature = _row_temperature(temperature, labels)
-    flat = [buffer.view(-1) for buffer in outputs[:-1]] + [outputs.stats.view(-1, STATS)]
     for rows, (policy_rows, positive_rows, negative_rows) in blocks([policy, positive, negative]):
         assert policy_rows is not None
         assert flat_labels is not None
@@ -99,14 +98,16 @@ def _forward(
                 policy_rows,
                 positive_rows,
                 negative_rows,
-                flat_labels[rows],
-                None if flat_advantages is None else flat_advantages[rows],
-                None if flat_mask is None else flat_mask[rows],
+                _part(flat_labels, rows),
+                None if flat_advantages is None else _part(flat_advantages, rows),
+                None if flat_mask is None else _part(flat_mask, rows),
                 lam,
                 eps_w,
-                RowOptions(_of_rows(temperature, rows), logit_scale, logit_softcap, ignore_index),
+                RowOptions(_part(temperature, rows), logit_scale, logit_softcap, ignore_index),
             ),
-            ForwardOutputs(*(buffer[rows] if buffer.numel() else buffer for buffer in flat)),
+            outputs
+            if rows is None
+            else ForwardOutputs(*(_part(buffer, rows) for buffer in outputs[:-1]), outputs.stats[rows]),
         )
     return outputs
 
@@ -133,7 +134,6 @@ def _write_gradient(
     flat_logprobs_grad = row_values(grad_logprobs, labels.shape, logprobs.dtype)
     flat_entropy_grad = row_values(grad_entropy, labels.shape, logprobs.dtype)
     temperature = _row_temperature(temperature, labels)
-    flat_logprobs, flat_entropy, flat_stats = logprobs.reshape(-1), entropy.reshape(-1), stats.reshape(-1, STATS)
     for rows, (gradient_rows, policy_rows) in blocks([gradient, policy]):
         assert gradient_rows is not None
         assert policy_rows is not None
@@ -142,13 +142,13 @@ def _write_gradient(
             BackwardInputs(
                 gradient_rows,
                 policy_rows,
-                flat_labels[rows],
-                None if flat_logprobs_grad is None else flat_logprobs_grad[rows],
-                None if flat_entropy_grad is None else flat_entropy_grad[rows],
-                flat_logprobs[rows],
-                flat_entropy[rows] if flat_entropy.numel() else flat_entropy,
-                flat_stats[rows],
-                RowOptions(_of_rows(temperature, rows), logit_scale, logit_softcap, ignore_index),
+                _part(flat_labels, rows),
+                None if flat_logprobs_grad is None else _part(flat_logprobs_grad, rows),
+                None if flat_entropy_grad is None else _part(flat_entropy_grad, rows),
+                _part(logprobs, rows),
+                _part(entropy, rows),
+                stats if rows is None else stats[rows],
+                RowOptions(_part(temperature, rows), logit_scale, logit_softcap, ignore_index),
             )
         )
 
@@ -170,8 +170,11 @@ def _row_temperature(temperature: Tensor, labels: Tensor) -> Tensor:
     return temperature.detach().expand(labels.shape).reshape(-1).contiguous()
 
 
-def _of_rows(temperature: Tensor, rows: slice) -> Tensor:
-    return temperature if temperature.ndim == 0 else temperature[rows]
+def _part(values: Tensor, rows: slice | None) -> Tensor:
+    """The values of a block's rows; what is 0-d or empty stands for every row."""
+    if rows is None or values.ndim == 0 or values.numel() == 0:
+        return values
+    return values.reshape(-1)[rows]
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -33,9 +34,9 @@ class ForwardInputs(NamedTuple):
 
 
 class ForwardOutputs(NamedTuple):
-    """Buffers (N,) that a backend's forward fills, float32 (float64 for float64 logits); empty where not asked for.
+    """Contiguous buffers of N values that a backend's forward fills, in whatever shape; empty where not asked for.
 
-    ``stats`` (N, 4) float32 is the backend's own note to its backward.
+    float32 (float64 for float64 logits). ``stats``, N times 4 float32, is the backend's own note to its backward.
     """
 
     logprobs: Tensor
@@ -69,28 +70,30 @@ def row_values(value: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> T
     return value.detach().to(dtype).expand(shape).reshape(-1).contiguous()
 
 
-def blocks(tensors: list[Tensor | None]) -> Iterator[tuple[slice, list[Tensor | None]]]:
-    """Views (O, I, V) of tensors (..., V) of one shape, without a copy, and the slice of rows that each covers.
+def blocks(tensors: list[Tensor | None]) -> Iterator[tuple[slice | None, list[Tensor | None]]]:
+    """Views (O, I, V) of tensors (..., V) of one shape, without a copy, and the slice of rows each covers; None: all.
 
-    Adjacent leading dimensions are merged where the strides of all tensors allow it. Whatever is left beyond two is
-    walked over here, which no usual layout needs.
+    Up to two leading dimensions need nothing. Of more, adjacent ones are merged where the strides of all tensors allow
+    it, and whatever is left beyond two is walked over here, which no usual layout needs.
     """
+    (*leading, vocabulary) = next(tensor.shape for tensor in tensors if tensor is not None)
+    if len(leading) <= 2:
+        missing = (None,) * (2 - len(leading))
+        yield None, [None if tensor is None else tensor[missing] for tensor in tensors]
+        return
     present = [tensor for tensor in tensors if tensor is not None]
-    *leading, vocabulary = present[0].shape
-    strides = [list(tensor.stride()[:-1]) for tensor in present]
     merged: list[int] = []
     merged_strides: list[list[int]] = [[] for _ in present]
     for axis, size in enumerate(leading):
-        if size == 1:
-            continue
-        if merged and all(ms[-1] == s[axis] * size for ms, s in zip(merged_strides, strides, strict=True)):
+        strides = [tensor.stride(axis) for tensor in present]
+        if merged and all(ms[-1] == stride * size for ms, stride in zip(merged_strides, strides, strict=True)):
             merged[-1] *= size
-            for ms, s in zip(merged_strides, strides, strict=True):
-                ms[-1] = s[axis]
-        else:
+            for ms, stride in zip(merged_strides, strides, strict=True):
+                ms[-1] = stride
+        elif size > 1:
             merged.append(size)
-            for ms, s in zip(merged_strides, strides, strict=True):
-                ms.append(s[axis])
+            for ms, stride in zip(merged_strides, strides, strict=True):
+                ms.append(stride)
     while len(merged) < 2:
         merged.insert(0, 1)
         for ms in merged_strides:
@@ -99,18 +102,7 @@ def blocks(tensors: list[Tensor | None]) -> Iterator[tuple[slice, list[Tensor | 
         tensor.as_strided((*merged, vocabulary), (*ms, 1)) for tensor, ms in zip(present, merged_strides, strict=True)
     )
     whole = [None if tensor is None else next(views) for tensor in tensors]
-    yield from _walk(whole, tuple(merged), 0)
-
-
-def _walk(
-    tensors: list[Tensor | None], leading: tuple[int, ...], start: int
-) -> Iterator[tuple[slice, list[Tensor | None]]]:
-    if len(leading) == 2:
-        yield slice(start, start + leading[0] * leading[1]), tensors
-        return
-    rows = 1
-    for size in leading[1:]:
-        rows *= size
-    for index in range(leading[0]):
-        part = [None if tensor is None else tensor[index] for tensor in tensors]
-        yield from _walk(part, leading[1:], start + index * rows)
+    *walked, outer, inner = merged
+    for number, index in enumerate(itertools.product(*map(range, walked))):
+        rows = slice(number * outer * inner, (number + 1) * outer * inner)
+        yield rows, [None if tensor is None else tensor[index] for tensor in whole]

@@ -77,7 +77,8 @@ cepo::Options options(const py::tuple& t) {
             t[4].cast<int64_t>()};
 }
 
-void forward(const std::string& isa, int threads, int64_t rows, int64_t inner, int64_t vocabulary,
+// False, and nothing computed, if a label is neither ignored nor a column.
+bool forward(const std::string& isa, int threads, int64_t rows, int64_t inner, int64_t vocabulary,
              const py::tuple& policy, const py::tuple& positive, const py::tuple& negative, uintptr_t labels,
              uintptr_t advantages, uintptr_t negative_mask, double lam, double eps_w, const py::tuple& opts,
              const py::tuple& out) {
@@ -94,7 +95,12 @@ void forward(const std::string& isa, int threads, int64_t rows, int64_t inner, i
     for (size_t i = 0; i < 8; ++i) *buffers[i] = at<float>(out[i].cast<uintptr_t>());
     const cepo::Kernels chosen = kernels(isa);
     py::gil_scoped_release release;
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t label = f.labels[row];
+        if (label != f.options.ignore_index && (label < 0 || label >= vocabulary)) return false;
+    }
     over_rows(rows, vocabulary, threads, [&](int64_t begin, int64_t end) { chosen.forward(f, begin, end); });
+    return true;
 }
 
 void backward(const std::string& isa, int threads, int64_t rows, int64_t inner, int64_t vocabulary,

@@ -28,7 +28,8 @@ namespace CEPO_ISA {
 
 constexpr double kLn2 = 0.693147180559945309417232121458;
 constexpr double kLog2e = 1.44269504088896340735992468100;
-constexpr float kHeadroom = 24.0f;      // a column may exceed the reference by 2^24 before the reference moves
+constexpr float kHeadroom = 2.0f;       // a column may exceed the reference by 2^2 before the reference moves: near
+                                        // it, the largest terms add next to nothing to u and drown nobody
 constexpr float kLowest = -127.0f;      // terms from 2^-126 down count as 0
 constexpr float kLargest = 0x1p100f;    // beyond it, t needs more than float32: the row goes the slow way
 constexpr double kSumsError = 5e-6;     // relative error allowed to the entropy by its float32 sums,
@@ -49,30 +50,30 @@ CEPO_HD RowSum rebased(RowSum a, double c) {
     return {a.s * factor, a.s == 0.0 ? 0.0 : factor * (a.u + shift * a.s), c};
 }
 
-struct RowScalars {
-    double logprob, complement, entropy;  // log p, 1 - p, H in nats
-};
-
 // log(1 + e^t), and its mirror for the other side, without overflow or cancellation.
 CEPO_HD double softplus(double t) { return t > 0 ? t + log1p(exp(-t)) : log1p(exp(t)); }
 CEPO_HD double sigmoid(double t) { return t > 0 ? 1.0 / (1.0 + exp(-t)) : exp(t) / (1.0 + exp(t)); }
 CEPO_HD double times(double probability, double factor) { return probability == 0.0 ? 0.0 : probability * factor; }
 
+struct RowScalars {
+    double log_odds;                      // against the label
+    double logprob, complement, entropy;  // log p, 1 - p, H in nats
+};
+
 // label_t is x'_y k - c in float64; NaN sums or labels come out as NaN.
-CEPO_HD RowScalars finish(RowSum sum, double label_t, bool with_entropy) {
-    const double log_s = log2(sum.s);
-    const double log_odds = (log_s - label_t) * kLn2;
-    RowScalars out;
-    out.logprob = -softplus(log_odds);
-    out.complement = sigmoid(log_odds);
-    out.entropy = 0.0;
-    if (with_entropy) {
-        const double p = sigmoid(-log_odds), q = out.complement;
-        const double spread = sum.s == 0.0 ? 0.0 : (log_s - sum.u / sum.s) * kLn2;
-        out.entropy = times(q, spread) - times(p, out.logprob) - times(q, -softplus(-log_odds));
-        if (log_odds != log_odds) out.entropy = log_odds;
-    }
-    return out;
+CEPO_HD RowScalars finish(RowSum sum, double label_t) {
+    const double log_odds = (log2(sum.s) - label_t) * kLn2;
+    return {log_odds, -softplus(log_odds), sigmoid(log_odds), 0.0};
+}
+
+// The entropy of the other columns among themselves, in nats.
+CEPO_HD double spread_of(RowSum sum) { return sum.s == 0.0 ? 0.0 : (log2(sum.s) - sum.u / sum.s) * kLn2; }
+
+// H = q spread - p log p - q log q.
+CEPO_HD double entropy_of(const RowScalars& row, double spread) {
+    if (row.log_odds != row.log_odds) return row.log_odds;
+    const double p = sigmoid(-row.log_odds), q = row.complement;
+    return times(q, spread) - times(p, row.logprob) - times(q, -softplus(-row.log_odds));
 }
 
 struct Credit {

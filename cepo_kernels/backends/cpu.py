@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_label_range
 from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, RowOptions
 
 _cpu: ModuleType | None
@@ -44,7 +45,7 @@ class Variant:
         assert _cpu is not None
         outer, inner, vocabulary = inputs.policy.shape
         row_temperature, options = _options(inputs.options)
-        _cpu.forward(
+        labels_are_good = _cpu.forward(
             self.isa,
             torch.get_num_threads(),
             outer * inner,
@@ -62,6 +63,8 @@ class Variant:
             tuple(buffer.data_ptr() if buffer.numel() else 0 for buffer in outputs),
         )
         del row_temperature
+        if not labels_are_good:  # then nothing was computed
+            check_label_range(inputs.labels, vocabulary, inputs.options.ignore_index)
 
     def backward(self, inputs: BackwardInputs) -> None:
         assert _cpu is not None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..checks import check_label_range
 from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, RowOptions
 
 _ELEMENTS = 1 << 22  # per chunk; several float64 temporaries of this size are alive at once
@@ -18,8 +19,9 @@ def unavailable(device_type: str) -> str | None:
 
 
 def forward(inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
-    for buffer in outputs:
-        buffer.zero_()
+    if inputs.labels.device.type == "cpu":
+        check_label_range(inputs.labels, inputs.policy.shape[-1], inputs.options.ignore_index)
+    outputs = ForwardOutputs(*(buffer.zero_().view(-1) for buffer in outputs))
     for rows in _scored(inputs.policy, inputs.labels, inputs.options.ignore_index):
         labels, options = inputs.labels[rows], inputs.options
         policy = _terms(inputs.policy, rows, labels, options)

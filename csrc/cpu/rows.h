@@ -59,7 +59,7 @@ void backward_row(const Backward& w, int64_t row) {
     }
     const float* stats = w.stats + row * kStats;
     RowResult found;
-    found.scalars = {w.logprobs[row], stats[2], w.entropy ? w.entropy[row] : 0.0};
+    found.scalars = {0.0, w.logprobs[row], stats[2], w.entropy ? w.entropy[row] : 0.0};
     found.sum = {stats[1], 0.0, stats[0]};
     found.slow = stats[1] == kSlowRow;
     write_gradient(row_start<T>(w.policy, w.inner, row), out, w.vocabulary, w.labels[row], Transform(w.options, row),

@@ -227,6 +227,23 @@ RowSum slow_sum(const T* x, int64_t vocabulary, int64_t label, const Transform& 
     return sum;
 }
 
+// The other columns' entropy among themselves, from the sums of all but their largest: nothing cancels.
+template <class T>
+double slow_spread(const T* x, int64_t vocabulary, int64_t label, const Transform& transform) {
+    const double unit = transform.k * kLn2;
+    int64_t top = label;
+    for (int64_t j = 0; j < vocabulary; ++j)
+        if (j != label && (top == label || widened(x[j]) > widened(x[top]))) top = j;
+    double rest = 0.0, gaps = 0.0;
+    for (int64_t j = 0; j < vocabulary; ++j) {
+        const double gap = (transform.value(widened(x[top])) - transform.value(widened(x[j]))) * unit;
+        if (j == label || j == top || !(gap < 700.0)) continue;  // beyond it, nothing that float64 could hold
+        rest += exp(-gap);
+        gaps += gap * exp(-gap);
+    }
+    return log1p(rest) + gaps / (1.0 + rest);
+}
+
 struct RowResult {
     RowScalars scalars;
     RowSum sum;
@@ -258,20 +275,19 @@ RowResult scan_row(const T* x, int64_t vocabulary, int64_t label, const Transfor
         }
     }
     const float label_x = widened(x[label]);
-    RowResult out{{NAN, NAN, NAN}, scan.sum, false};
+    RowResult out{{NAN, NAN, NAN, NAN}, scan.sum, false};
     if (scan.poisoned || label_x != label_x || label_x == INFINITY) return out;
     if (scan.huge || (scan.tiny && !scan.placed)) {
         out.sum = slow_sum(x, vocabulary, label, transform);
         out.slow = true;
     }
-    const auto finished = [&](const RowSum& sum) {
-        return finish(sum, transform.value(label_x) * transform.k - sum.c, kEntropy);
-    };
-    out.scalars = finished(out.sum);
-    // One column holds nearly all that the label does not: float32 sums cannot tell how nearly.
-    const RowScalars& got = out.scalars;
-    if (kEntropy && !out.slow && got.entropy * kSumsError < got.complement * kEntropyError)
-        out.scalars.entropy = finished(slow_sum(x, vocabulary, label, transform)).entropy;
+    out.scalars = finish(out.sum, transform.value(label_x) * transform.k - out.sum.c);
+    if (kEntropy) {
+        out.scalars.entropy = entropy_of(out.scalars, spread_of(out.sum));
+        // One column holds nearly all that the label does not: the sums cannot tell how nearly.
+        if (out.slow || out.scalars.entropy * kSumsError < out.scalars.complement * kEntropyError)
+            out.scalars.entropy = entropy_of(out.scalars, slow_spread(x, vocabulary, label, transform));
+    }
     return out;
 }
 
