@@ -1,0 +1,220 @@
+"""A bad argument is refused before anything runs, by name, with what was expected and what came; imports stay light."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cepo_kernels
+from cepo_kernels import backends
+
+NAN, INF = float("nan"), float("inf")
+
+
+def good(**change):
+    """Arguments of a call that works, with one of them changed."""
+    return {
+        "policy_logits": torch.zeros(2, 3, 5),
+        "positive_logits": torch.zeros(2, 3, 5),
+        "negative_logits": torch.zeros(2, 3, 5),
+        "labels": torch.zeros(2, 3, dtype=torch.long),
+        "advantages": torch.ones(2, 1),
+        **change,
+    }
+
+
+def labels_with(value):
+    labels = torch.zeros(2, 3, dtype=torch.long)
+    labels[1, 2] = value
+    return labels
+
+
+MALFORMED = [
+    ({"policy_logits": [[0.0]]}, TypeError, "policy_logits: expected a tensor, got list"),
+    ({"policy_logits": torch.zeros(2, 3, 5).int()}, TypeError, "policy_logits: expected bfloat16.*got torch.int32"),
+    ({"policy_logits": torch.zeros(2, 3, 5, dtype=torch.complex64)}, TypeError, "policy_logits: .*complex64"),
+    ({"policy_logits": torch.zeros(2, 3, 0)}, ValueError, r"policy_logits: .*V >= 1, got \(2, 3, 0\)"),
+    ({"policy_logits": torch.zeros(())}, ValueError, r"policy_logits: expected shape \(\.\.\., V\).*got \(\)"),
+    ({"policy_logits": torch.zeros(2, 4, 5)}, ValueError, r"policy_logits: .*\(2, 3\).*\(2, 4, 5\)"),
+    ({"policy_logits": torch.zeros(6, 5)}, ValueError, r"policy_logits: .*\(2, 3\).*\(6, 5\)"),
+    (
+        {"policy_logits": torch.zeros(2, 5, 3).mT},
+        ValueError,
+        "policy_logits: expected a contiguous last dimension.*strides",
+    ),
+    ({"policy_logits": torch.zeros(2, 3, 10)[..., ::2]}, ValueError, "policy_logits: .*contiguous last dimension"),
+    ({"policy_logits": torch.zeros(2, 3, 1).expand(2, 3, 5)}, ValueError, "policy_logits: .*contiguous last dimension"),
+    ({"positive_logits": torch.zeros(2, 3, 6)}, ValueError, "positive_logits: expected V = 5 .*got 6"),
+    ({"positive_logits": torch.zeros(1, 3, 5)}, ValueError, r"positive_logits: .*\(2, 3\).*\(1, 3, 5\)"),
+    ({"positive_logits": "teacher"}, TypeError, "positive_logits: expected a tensor, got str"),
+    ({"negative_logits": torch.zeros(2, 3, 4)}, ValueError, "negative_logits: expected V = 5 .*got 4"),
+    (
+        {"negative_logits": torch.zeros(2, 3, 5, device="meta")},
+        ValueError,
+        "negative_logits: expected device cpu.*got meta",
+    ),
+    ({"labels": torch.zeros(2, 3)}, TypeError, "labels: expected int32 or int64, got torch.float32"),
+    ({"labels": torch.zeros(2, 3).bool()}, TypeError, "labels: expected int32 or int64, got torch.bool"),
+    ({"labels": [0, 1]}, TypeError, "labels: expected a tensor, got list"),
+    ({"labels": torch.zeros(2, dtype=torch.long)}, ValueError, r"policy_logits: .*\(2,\).*\(2, 3, 5\)"),
+    ({"labels": labels_with(5)}, ValueError, "labels: expected -100 or 0 <= label < 5, got 5"),
+    ({"labels": labels_with(-1)}, ValueError, "labels: .*got -1"),
+    ({"labels": labels_with(2**40)}, ValueError, "labels: .*got 1099511627776"),
+    ({"labels": labels_with(-99).int()}, ValueError, "labels: .*got -99"),
+    ({"labels": labels_with(-100), "ignore_index": -1}, ValueError, "labels: expected -1 or .*got -100"),
+    ({"advantages": torch.ones(2)}, ValueError, r"advantages: .*\(2, 3\).*got \(2,\).*advantages\[:, None\]"),
+    ({"advantages": torch.ones(3)}, ValueError, r"advantages: .*\(2, 3\).*got \(3,\)$"),
+    ({"advantages": torch.ones(3, 2)}, ValueError, r"advantages: .*\(2, 3\).*got \(3, 2\)"),
+    ({"advantages": torch.ones(2, 3, 1)}, ValueError, r"advantages: .*got \(2, 3, 1\)"),
+    ({"advantages": torch.ones(2, 3).long()}, TypeError, "advantages: expected a floating dtype, got torch.int64"),
+    ({"advantages": 1.0}, TypeError, "advantages: expected a tensor, got float"),
+    ({"negative_mask": torch.ones(2, 3)}, TypeError, "negative_mask: expected bool, got torch.float32"),
+    ({"negative_mask": torch.ones(2).bool()}, ValueError, r"negative_mask: .*negative_mask\[:, None\]"),
+    ({"temperature": torch.ones(2)}, ValueError, r"temperature: .*temperature\[:, None\]"),
+    ({"temperature": torch.ones(2, 1).int()}, TypeError, "temperature: expected a floating dtype"),
+    ({"temperature": torch.tensor([[1.0], [0.0]])}, ValueError, "temperature: .*positive.*got 0.0"),
+    ({"temperature": torch.tensor([[1.0], [NAN]])}, ValueError, "temperature: .*got nan"),
+    ({"temperature": 0.0}, ValueError, "temperature: expected a positive finite number, got 0.0"),
+    ({"temperature": -1.0}, ValueError, "temperature: .*got -1.0"),
+    ({"temperature": INF}, ValueError, "temperature: .*got inf"),
+    ({"temperature": NAN}, ValueError, "temperature: .*got nan"),
+    ({"temperature": None}, TypeError, "temperature: .*got NoneType"),
+    ({"temperature": "hot"}, TypeError, "temperature: .*got str"),
+    ({"lam": 1.01}, ValueError, r"lam: expected a number in \[0, 1\], got 1.01"),
+    ({"lam": -0.5}, ValueError, "lam: .*got -0.5"),
+    ({"lam": NAN}, ValueError, "lam: .*got nan"),
+    ({"lam": torch.tensor(2.0)}, ValueError, "lam: .*got 2.0"),
+    ({"lam": torch.ones(2)}, ValueError, r"lam: expected a number or a 0-d tensor, got shape \(2,\)"),
+    ({"eps_w": 1.0}, ValueError, r"eps_w: expected a number in \[0, 1\), got 1.0"),
+    ({"eps_w": "half"}, TypeError, "eps_w: .*got str"),
+    ({"logit_scale": 0.0}, ValueError, "logit_scale: .*got 0.0"),
+    ({"logit_scale": -1.0}, ValueError, "logit_scale: .*got -1.0"),
+    ({"logit_softcap": 0.0}, ValueError, "logit_softcap: .*got 0.0"),
+    ({"logit_softcap": NAN}, ValueError, "logit_softcap: .*got nan"),
+    ({"backend": "cuda-next"}, ValueError, "backend: expected .*auto.*got 'cuda-next'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"), MALFORMED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_malformed_argument_is_named_with_what_was_expected_and_what_came(change, error, message):
+    cepo_kernels.contrastive_logprobs(**good())
+    with pytest.raises(error, match=message):
+        cepo_kernels.contrastive_logprobs(**good(**change))
+
+
+def test_the_single_tensor_op_names_its_own_arguments():
+    labels = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"^logits: .*\(2, 3\).*\(3, 5\)"):
+        cepo_kernels.token_logprobs(torch.zeros(3, 5), labels)
+    with pytest.raises(ValueError, match=r"^temperature: .*temperature\[:, None\]"):
+        cepo_kernels.token_logprobs(torch.zeros(2, 3, 5), labels, temperature=torch.ones(2))
+    with pytest.raises(ValueError, match=r"^labels: .*got 5"):
+        cepo_kernels.token_logprobs(torch.zeros(2, 3, 5), labels + 5)
+
+
+@pytest.mark.parametrize("label", [5, -1, -99, 2**31, 2**40, -(2**40)])
+def test_every_backend_refuses_a_label_outside_the_vocabulary(backend, label):
+    if torch.cuda.is_available() and backend == "triton":
+        pytest.skip("on a GPU such a row is NaN; reading the labels would stall its queue")
+    for labels in (torch.tensor([label, 0]), torch.tensor([0, label])):
+        with pytest.raises(ValueError, match=f"labels: .*got {label}"):
+            cepo_kernels.token_logprobs(torch.zeros(2, 5), labels, backend=backend)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_label_outside_the_vocabulary_makes_its_row_nan():
+    logits = torch.zeros(4, 5, device="cuda", requires_grad=True)
+    out = cepo_kernels.token_logprobs(logits, torch.tensor([0, 5, -1, 2], device="cuda"), return_entropy=True)
+    assert torch.isnan(out.logprobs).tolist() == [False, True, True, False]
+    out.logprobs.sum().backward()
+    assert torch.isfinite(logits.grad[[0, 3]]).all()
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, NAN])
+def test_an_ignored_rows_temperature_does_not_matter(value):
+    labels, temperature = torch.tensor([0, -100]), torch.tensor([1.0, value])
+    out = cepo_kernels.token_logprobs(torch.zeros(2, 5), labels, temperature=temperature)
+    assert out.logprobs[1] == 0
+
+
+class TestBackends:
+    def test_a_named_backend_that_cannot_run_says_why(self):
+        reasons = {name: backends.unavailable(name, "cpu") for name in backends.NAMES}
+        assert reasons["reference"] is None
+        for name, reason in reasons.items():
+            if reason is None:
+                cepo_kernels.contrastive_logprobs(**good(backend=name))
+                continue
+            with pytest.raises(RuntimeError, match=f"backend: '{name}' cannot run here: .+"):
+                cepo_kernels.contrastive_logprobs(**good(backend=name))
+
+    def test_only_the_reference_takes_float64(self, backend):
+        wide = good(policy_logits=torch.zeros(2, 3, 5, dtype=torch.float64))
+        assert cepo_kernels.contrastive_logprobs(**wide).logprobs.dtype == torch.float64
+        if backend != "reference":
+            with pytest.raises(ValueError, match=f"float64.*reference.*{backend}"):
+                cepo_kernels.contrastive_logprobs(**wide, backend=backend)
+
+    def test_auto_says_once_what_it_uses(self, caplog):
+        backends.choose.cache_clear()
+        with caplog.at_level(logging.INFO, logger="cepo_kernels"):
+            for _ in range(3):
+                cepo_kernels.contrastive_logprobs(**good())
+                cepo_kernels.token_logprobs(torch.zeros(2, 5), torch.tensor([0, 1]))
+        said = [record for record in caplog.records if record.name.startswith("cepo_kernels")]
+        assert [record.levelno for record in said] == [logging.INFO]
+        assert cepo_kernels.backend_report().chosen["contrastive_logprobs"]["cpu"] in said[0].getMessage()
+
+    def test_the_report_names_a_choice_and_a_reason_for_every_op_and_device(self):
+        report = cepo_kernels.backend_report()
+        assert set(report.chosen) == {"token_logprobs", "contrastive_logprobs"}
+        for choices in report.chosen.values():
+            for device, name in choices.items():
+                assert name == "none" or report.reasons[device][name] is None
+            assert choices["cpu"] != "none"
+        for device, reasons in report.reasons.items():
+            for name, reason in reasons.items():
+                assert (reason is None) == (name in str(report) and f"{name}: can run" in section(str(report), device))
+                assert reason is None or reason in str(report)
+
+
+def section(report, device):
+    return report[report.index(f"{device} tensors:") :].split(" tensors:")[1]
+
+
+def fresh(code):
+    """What a new interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_runs_where_there_is_no_triton_no_trainer_and_no_compiled_kernel():
+    out = fresh(
+        "import sys\n"
+        "for name in ('triton', 'cepo', 'transformers', 'numpy', 'cepo_kernels._cpu'): sys.modules[name] = None\n"
+        "import torch, cepo_kernels\n"
+        "out = cepo_kernels.token_logprobs(torch.zeros(2, 4), torch.tensor([1, -100]), return_entropy=True)\n"
+        "print(round(out.logprobs[0].item(), 4), out.entropy.tolist()[1])\n"
+        "print(cepo_kernels.backend_report())\n"
+    )
+    assert out.startswith("-1.3863 0.0")
+    assert "contrastive_logprobs -> reference" in out
+
+
+def test_importing_it_loads_neither_triton_nor_the_trainer():
+    before = "import sys, torch; had = set(sys.modules); import cepo_kernels; new = set(sys.modules) - had\n"
+    new = fresh(before + "print(*sorted(name for name in new if not name.startswith('cepo_kernels')))").split()
+    assert not [name for name in new if name.split(".")[0] in ("triton", "cepo", "transformers", "numpy")]
+
+
+def test_importing_it_costs_no_more_than_50_ms_beyond_torch():
+    code = "import time, torch; t = time.perf_counter(); import cepo_kernels; print(time.perf_counter() - t)"
+    assert statistics.median(float(fresh(code)) for _ in range(3)) <= 0.050
