@@ -46,7 +46,7 @@ def create_run(wanted: str | None, default: str, config: Callable[[str], str]) -
             raise InputError(f"run_dir: {wanted!r} exists already; continue it with --resume {wanted}, or name another")
         path = Path("runs", f"{default}-{number}")
         number += 1
-    with replacing(path) as temporary:
+    with replacing(path, fresh=True) as temporary:
         temporary.mkdir(parents=True)
         (temporary / CONFIG).write_text(config(str(path)))
     return path
@@ -109,18 +109,19 @@ def locate(resume: str) -> tuple[Path, Path | None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, fresh: bool = False) -> Iterator[Path]:
     """A temporary path beside `path` to fill; renamed to `path` at the end, removed if anything fails.
 
+    With `fresh` a directory is never replaced, not even one that another process has just made.
     Raises InputError where the disk is full or not writable.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial" if fresh else f".{path.name}.partial")
     try:
         _remove(temporary)
         yield temporary
         for file in _files(temporary) if temporary.is_dir() else [temporary]:
             _flush(file)
-        if path.is_dir():
+        if path.is_dir() and not fresh:
             # A directory cannot be renamed onto another; `path` is absent for a moment, its replacement is not.
             _remove(path)
         os.rename(temporary, path)

@@ -100,7 +100,7 @@ def _option(arguments: Sequence[str], name: str) -> str | None:
 
 def _train(arguments: list[str]) -> int:
     config, parsed = parse("train", arguments)
-    from cepo import checkpoint, trainer
+    from cepo import checkpoint, parts, trainer
     from cepo.report import curves
 
     start: Path | None = None
@@ -110,7 +110,7 @@ def _train(arguments: list[str]) -> int:
         with checkpoint.replacing(run / checkpoint.CONFIG) as temporary:
             temporary.write_text(_dump(config))
     else:
-        trainer.load_task(config)  # a mistake here must not leave a run directory behind
+        parts.load_task(config)  # a mistake here must not leave a run directory behind
         name = f"{config.task.name.split('/')[-1].replace(':', '-')}-{config.credit.name}-seed{config.train.seed}"
 
         def text(path: str) -> str:
@@ -170,9 +170,9 @@ def _summary(record: dict[str, Any]) -> str:
 
 def _eval(arguments: list[str]) -> int:
     config, _ = parse("eval", arguments)
-    from cepo import trainer
+    from cepo import parts, trainer
 
-    result = trainer.evaluate(trainer.load_parts(config))
+    result = trainer.evaluate(parts.load_parts(config))
     print(
         f"{config.policy.model} on {config.task.name}, {result['problems']} problems of {result['split']}: "
         f"sampled {result['sampled']:.3f} (T = {config.eval.temperature:g}), greedy {result['greedy']:.3f}"

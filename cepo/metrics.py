@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cepo import checkpoint
 from cepo.errors import InputError, one_line
@@ -33,6 +34,10 @@ class Clock:
 
     def total(self) -> float:
         return self._now() - self._start
+
+    def with_other(self) -> dict[str, float]:
+        """Seconds per phase, and those of no phase."""
+        return {**self.seconds, "other": self.total() - sum(self.seconds.values())}
 
     def _now(self) -> float:
         if self._cuda:
@@ -65,3 +70,9 @@ def cut_back(run: Path, step: int | None) -> None:
     kept = [record for record in read(run) if step is not None and record["step"] <= step]
     with checkpoint.replacing(run / FILE) as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+
+def mean(values: Tensor) -> float | None:
+    """Mean of the numbers among `values`, None if there are none."""
+    values = values[~values.isnan()]
+    return values.mean().item() if values.numel() else None

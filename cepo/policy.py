@@ -37,7 +37,7 @@ class Policy:
     compute_dtype: torch.dtype = torch.float32
     split_head: bool = True
     """Whether logits are head(base model), so that the head can be run on some rows only."""
-    logit_options: dict[str, float] = field(default_factory=dict)
+    logit_options: dict[str, Any] = field(default_factory=dict)
     """`logit_scale` and `logit_softcap` for the kernels, where the head alone leaves them out."""
 
     @property
@@ -53,18 +53,19 @@ def load_policy(config: PolicyConfig) -> Policy:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it would break the trainer's own
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would break the trainer's own
     device = _device(config.device)
     source = resolve(config.model)
     options = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"policy.model: cannot load {config.model!r}: {one_line(error)[:300]}") from error
     if getattr(model.config, "quantization_config", None) is not None:
         model = _without_quantization(model)
-    return make_policy(model.to(device), tokenizer, compute_dtype=getattr(torch, config.compute_dtype))
+    model.to(device=device)
+    return make_policy(model, tokenizer, compute_dtype=getattr(torch, config.compute_dtype))
 
 
 def make_policy(model: Any, tokenizer: Any, compute_dtype: torch.dtype = torch.float32) -> Policy:
@@ -80,7 +81,7 @@ def make_policy(model: Any, tokenizer: Any, compute_dtype: torch.dtype = torch.f
         )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
     config = model.config.get_text_config()
-    options = {}
+    options: dict[str, Any] = {}
     if getattr(config, "final_logit_softcapping", None):
         options["logit_softcap"] = float(config.final_logit_softcapping)
     if getattr(config, "logit_scale", None):
@@ -140,7 +141,7 @@ def response_logits(policy: Policy, contexts: Sequence[Sequence[int]], responses
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Contexts that went through the model once, all but their last token: K of them, padded to one length on the left."""
+    """K contexts that went through the model once, all but their last token, padded to one length on the left."""
 
     ids: Sequence[Sequence[int]]
     cache: Any

@@ -86,14 +86,15 @@ def sample(
     return Rollouts(list(problems), prompts, responses, completions, truncated)
 
 
-class GumbelMax(LogitsProcessor):  # type: ignore[misc]
+class GumbelMax(LogitsProcessor):
     """Adds the noise of one batch of (prompt, rollout) rows to its logits, position after position."""
 
     def __init__(self, key: tuple[int, int], rows: Sequence[tuple[int, int]], temperature: float, device: torch.device):
         self.temperature = temperature
         self.prompt_length: int | None = None
         self.keys = torch.zeros(len(rows), dtype=torch.int64, device=device)
-        for part in (*key, *torch.tensor(rows, device=device).unbind(1)):
+        parts: list[int | Tensor] = [*key, *torch.tensor(rows, device=device).unbind(1)]
+        for part in parts:
             self.keys = fold(self.keys, part)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ def _generate(
 def _own_generation_config(policy: Policy, max_new_tokens: int) -> Iterator[None]:
     """Put ours in the model's place: `generate` would fill gaps in a passed one from the model's."""
     theirs = policy.model.generation_config
-    policy.model.generation_config = GenerationConfig(
+    policy.model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(policy.eos_ids), pad_token_id=policy.pad_id
     )
     try:

@@ -15,5 +15,5 @@ from __future__ import annotations
 
 
 def lam_at(step: int, lam: float, steps: int) -> float:
-    """lambda(s) = lam max(0, 1 - (s - 1) / steps) for s = 1, 2, ...: a function of the step alone; steps = 0: constant."""
+    """lambda(s) = lam max(0, 1 - (s - 1) / steps), s = 1, 2, ...: a function of the step alone. steps = 0: constant."""
     return lam * max(0.0, 1 - (step - 1) / steps) if steps else lam

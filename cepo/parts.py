@@ -1,0 +1,76 @@
+"""What a config names, looked up and loaded: policy, task, and a function for each of the four axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from cepo import axes
+from cepo.config import Config
+from cepo.errors import InputError, one_line
+from cepo.policy import Policy, load_policy
+from cepo.rollout import Rollouts
+from cepo.tasks import Problem, Task, get_task
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a config names, looked up and loaded."""
+
+    config: Config
+    policy: Policy
+    task: Task
+    reward: Callable[..., list[float | None]]
+    advantage: Callable[[Tensor], Tensor]
+    credit: Callable[..., Any]
+    teachers: tuple[str, ...]
+    loss: Callable[..., Any]
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.config.rollout.max_new_tokens or self.task.max_new_tokens
+
+
+def load_task(config: Config) -> Task:
+    """The task of `config`. Raises InputError if there is none such."""
+    try:
+        return get_task(config.task.name, **config.task.options)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(one_line(error)) from error
+
+
+def load_parts(config: Config, model: str | None = None) -> Parts:
+    """Look up and load all that `config` names; `model` in place of its own if given."""
+    task = load_task(config)
+    policy = config.policy if model is None else replace(config.policy, model=model, gguf_file=None)
+    return Parts(
+        config,
+        load_policy(policy),
+        task,
+        axes.lookup("rewards", config.reward.name),
+        axes.lookup("advantages", config.advantage.name),
+        axes.lookup("credit", config.credit.name),
+        axes.module("credit", config.credit.name).TEACHERS,
+        axes.lookup("losses", config.loss.name),
+    )
+
+
+def problems_of(parts: Parts, step: int) -> list[Problem]:
+    """The problems of a step: the next ones of the seed's stream, by random access."""
+    per_step, seed = parts.config.rollout.prompts, parts.config.train.seed
+    return [parts.task.train((step - 1) * per_step + i, seed) for i in range(per_step)]
+
+
+def score(parts: Parts, rollouts: Rollouts) -> list[float | None]:
+    """The reward of every rollout."""
+    problems = rollouts.per_rollout(rollouts.problems)
+    prompts = [problem.prompt for problem in problems]
+    columns = {"task": parts.task, "problem": problems, "truncated": rollouts.truncated}
+    return parts.reward(prompts, rollouts.completions, rollouts.responses, **columns)
+
+
+def is_success(parts: Parts, reward: float | None) -> bool:
+    return reward is not None and reward >= parts.config.reward.success_threshold
