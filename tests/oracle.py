@@ -266,7 +266,7 @@ def assert_gradient(got: Tensor, want: Gradient, dtype: torch.dtype, relative: f
     allowed = relative * want.magnitude + UNIT_ROUNDOFF[dtype] * np.abs(want.value) * (1 + 2 * relative)
     allowed = allowed + HALF_SUBNORMAL[dtype] + 1e-33  # p = 1e-30 is where the contract's range ends
     largest = torch.finfo(dtype).max
-    clipped = np.where(np.abs(want.value) > largest, np.sign(want.value) * np.inf, want.value)
+    clipped = np.where(np.abs(want.value) > largest, np.copysign(np.inf, want.value), want.value)
     assert_close(got, clipped, 0.0, allowed, name="gradient")
 
 

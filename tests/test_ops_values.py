@@ -177,6 +177,16 @@ def test_a_masked_negative_row_is_never_read(backend):
     assert torch.isfinite(out.advantages).all()
 
 
+def test_values_of_a_row_stay_with_it_when_rows_before_it_are_ignored(backend):
+    logits = [oracle.logits_like((12, 90), seed) for seed in (1, 2, 3)]
+    labels = oracle.labels_like((12,), 90, 4)
+    labels[[0, 1, 5]] = -100
+    advantages = torch.linspace(-1.0, 1.2, 12)
+    options = {"negative_mask": torch.arange(12) % 3 != 1, "temperature": torch.linspace(0.5, 2.0, 12)}
+    got = oracle.run(backend, *logits, labels, advantages, **options)
+    oracle.assert_forward(got, oracle.contrastive(*logits, labels, advantages, **options))
+
+
 def test_without_a_positive_teacher_advantages_come_back_unweighted(backend):
     policy, negative = oracle.logits_like((2, 3, 40), 1), oracle.logits_like((2, 3, 40), 2)
     labels = oracle.labels_like((2, 3), 40, 3)
