@@ -17,8 +17,12 @@ from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, RowOptions
 # How columns are dealt to lanes is a function of V and of whether there is a cap, so that a row's bits are too. Four
 # lanes a thread and eight columns a lane keep 8 KB of bfloat16 in flight a program, and accumulators in registers.
 MAX_BLOCK, MIN_BLOCK, UNROLL = 512, 32, 8
-# Launch with these: a product and a sum become one operation only where the kernel says so.
-COMPILE_OPTIONS = {"enable_fp_fusion": False}
+# A product and a sum become one operation only where a kernel says so. Left to itself, ptxas spills a predicate or two
+# to fit one more program; 128 registers a thread still let four of them share a multiprocessor.
+COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
+    "cuda": {"enable_fp_fusion": False, "maxnreg": 128},
+    "hip": {"enable_fp_fusion": False},
+}
 
 
 def unavailable(device_type: str) -> str | None:
@@ -53,7 +57,7 @@ def forward(inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
             *(buffer if buffer.numel() else None for buffer in outputs),
             *_strides(inputs.policy), *_strides(inputs.positive), *_strides(inputs.negative),
             inputs.policy.shape[1], vocabulary, options.ignore_index, *numbers,
-            SOFTCAP=softcap, BLOCK=shape.block, UNROLL=shape.unroll, num_warps=shape.warps, **COMPILE_OPTIONS,
+            SOFTCAP=softcap, BLOCK=shape.block, UNROLL=shape.unroll, num_warps=shape.warps, **COMPILE_OPTIONS[_target()],
         )  # fmt: skip
 
 
@@ -69,7 +73,7 @@ def backward(inputs: BackwardInputs) -> None:
             inputs.logprobs, inputs.stats, _per_row(options), values,
             *_strides(inputs.gradient), *_strides(inputs.policy),
             inputs.policy.shape[1], vocabulary, options.ignore_index, *numbers,
-            SOFTCAP=softcap, BLOCK=4 * shape.block, num_warps=shape.warps, **COMPILE_OPTIONS,
+            SOFTCAP=softcap, BLOCK=4 * shape.block, num_warps=shape.warps, **COMPILE_OPTIONS[_target()],
         )  # fmt: skip
 
 
@@ -93,6 +97,10 @@ def _kernels() -> Any:
     from . import triton_rows
 
     return triton_rows
+
+
+def _target() -> str:
+    return "hip" if torch.version.hip else "cuda"
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -58,8 +58,7 @@ def _load(row, columns, vocabulary, label, inner_high, inner_low, SOFTCAP: tl.co
     if EDGE:
         inside = columns < vocabulary
         x = _units(tl.load(row + columns, mask=inside), inner_high, inner_low, SOFTCAP)
-        x = tl.where(columns == label, float("-inf"), x)  # on its own: joined with inside, it costs spills
-        return tl.where(inside, x, float("-inf"))
+        return tl.where(inside & (columns != label), x, float("-inf"))
     return _units(tl.load(row + columns), inner_high, inner_low, SOFTCAP)
 
 
