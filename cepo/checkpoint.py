@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,8 @@ def replacing(path: Path, *, fresh: bool = False) -> Iterator[Path]:
         os.rename(temporary, path)
         _flush(path.parent)
     except BaseException as error:
-        _remove(temporary)
+        with suppress(OSError):
+            _remove(temporary)
         # safetensors reports a full disk in an exception of its own.
         if isinstance(error, OSError) or "os error" in str(error) or "write" in str(error).lower():
             raise InputError(f"cannot write {path}: {one_line(error)}; nothing saved before is lost") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
@@ -85,7 +84,12 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
 
         # Its own config comes first, so that what is given here overrides it.
         arguments = ["--config", str(checkpoint.locate(resume)[0] / checkpoint.CONFIG), *arguments]
-    parsed = parser.instantiate_classes(parser.parse_args(arguments))
+    try:
+        parsed = parser.instantiate(parser.parse_args(arguments))
+    except InputError as error:
+        if "parsing config" in str(error):  # which does not say of what
+            raise InputError(f"{_option(arguments, '--config')}: {error}") from error
+        raise
     return Config(**{field.name: parsed[field.name] for field in fields(Config)}).check(), parsed
 
 
@@ -100,26 +104,27 @@ def _option(arguments: Sequence[str], name: str) -> str | None:
 
 def _train(arguments: list[str]) -> int:
     config, parsed = parse("train", arguments)
-    from cepo import checkpoint, parts, trainer
+    from cepo import checkpoint, trainer
+    from cepo.parts import load_parts
     from cepo.report import curves
 
-    start: Path | None = None
-    if parsed.resume:
-        run, start = checkpoint.locate(parsed.resume)
-        config.run_dir = str(run)
-        with checkpoint.replacing(run / checkpoint.CONFIG) as temporary:
-            temporary.write_text(_dump(config))
-    else:
-        parts.load_task(config)  # a mistake here must not leave a run directory behind
+    run, start = checkpoint.locate(parsed.resume) if parsed.resume else (None, None)
+    # What can be refused is refused before there is a run directory.
+    parts = load_parts(config, None if start is None else str(start))
+    trainer.check_prompts(parts)
+
+    def resolved(path: str) -> str:
+        config.run_dir = path
+        return _dump(config)
+
+    if run is None:
         name = f"{config.task.name.split('/')[-1].replace(':', '-')}-{config.credit.name}-seed{config.train.seed}"
-
-        def text(path: str) -> str:
-            config.run_dir = path
-            return _dump(config)
-
-        run = checkpoint.create_run(config.run_dir, name, text)
+        run = checkpoint.create_run(config.run_dir, name, resolved)
+    else:
+        with checkpoint.replacing(run / checkpoint.CONFIG) as temporary:
+            temporary.write_text(resolved(str(run)))
     print(f"run directory: {run}", file=sys.stderr)
-    _follow(trainer.train(config, run, start), config.train.steps)
+    _follow(trainer.train(parts, run, start), config.train.steps)
     print(f"curves: {curves.draw(run)}", file=sys.stderr)
     return 0
 
@@ -170,9 +175,10 @@ def _summary(record: dict[str, Any]) -> str:
 
 def _eval(arguments: list[str]) -> int:
     config, _ = parse("eval", arguments)
-    from cepo import parts, trainer
+    from cepo import trainer
+    from cepo.parts import load_parts
 
-    result = trainer.evaluate(parts.load_parts(config))
+    result = trainer.evaluate(load_parts(config))
     print(
         f"{config.policy.model} on {config.task.name}, {result['problems']} problems of {result['split']}: "
         f"sampled {result['sampled']:.3f} (T = {config.eval.temperature:g}), greedy {result['greedy']:.3f}"

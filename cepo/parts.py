@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cepo import axes
@@ -14,6 +15,7 @@ from cepo.errors import InputError, one_line
 from cepo.policy import Policy, load_policy
 from cepo.rollout import Rollouts
 from cepo.tasks import Problem, Task, get_task
+from cepo_kernels import token_logprobs
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,11 @@ def load_task(config: Config) -> Task:
 def load_parts(config: Config, model: str | None = None) -> Parts:
     """Look up and load all that `config` names; `model` in place of its own if given."""
     task = load_task(config)
-    policy = config.policy if model is None else replace(config.policy, model=model, gguf_file=None)
+    policy = load_policy(config.policy if model is None else replace(config.policy, model=model, gguf_file=None))
+    _check_backend(config.backend, policy)
     return Parts(
         config,
-        load_policy(policy),
+        policy,
         task,
         axes.lookup("rewards", config.reward.name),
         axes.lookup("advantages", config.advantage.name),
@@ -58,10 +61,26 @@ def load_parts(config: Config, model: str | None = None) -> Parts:
     )
 
 
+def _check_backend(name: str, policy: Policy) -> None:
+    logits = torch.zeros(1, 2, dtype=policy.compute_dtype, device=policy.device)
+    try:
+        token_logprobs(logits, torch.zeros(1, dtype=torch.int64, device=policy.device), backend=name)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(one_line(error)) from error
+
+
 def problems_of(parts: Parts, step: int) -> list[Problem]:
     """The problems of a step: the next ones of the seed's stream, by random access."""
     per_step, seed = parts.config.rollout.prompts, parts.config.train.seed
     return [parts.task.train((step - 1) * per_step + i, seed) for i in range(per_step)]
+
+
+def held_out(parts: Parts) -> list[Problem]:
+    """The problems of every evaluation. Raises InputError if the task has none."""
+    try:
+        return parts.task.split(parts.config.eval.split, parts.config.eval.problems)
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
 
 
 def score(parts: Parts, rollouts: Rollouts) -> list[float | None]:

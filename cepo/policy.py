@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -50,14 +51,17 @@ class Policy:
 
 def load_policy(config: PolicyConfig) -> Policy:
     """Load the model of `config`, float32, in evaluation mode. Raises InputError if that fails."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would break the trainer's own
+    # Their bars would break the trainer's own, and every retry of a name that does not exist is announced.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     device = _device(config.device)
     source = resolve(config.model)
     options = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
     try:
+        AutoConfig.from_pretrained(source, **options)  # the cheapest way to learn that there is nothing to load
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:

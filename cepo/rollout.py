@@ -68,13 +68,7 @@ def sample(
 
     Raises InputError if a prompt and a response of full length exceed the model's context.
     """
-    prompts = [encode(policy, render(policy, problem.prompt)) for problem in problems]
-    for problem, ids in zip(problems, prompts, strict=True):
-        if len(ids) + max_new_tokens > policy.context:
-            raise InputError(
-                f"prompt {problem.prompt[:40]!r}: expected at most {policy.context} tokens, the model's context, "
-                f"got {len(ids)} + {max_new_tokens} to generate"
-            )
+    prompts = encode_prompts(policy, problems, max_new_tokens)
     rows = [(p, g) for p in range(len(problems)) for g in range(group_size)]
     responses: list[list[int]] = []
     for start in range(0, len(rows), batch_size or len(rows)):
@@ -84,6 +78,18 @@ def sample(
     completions = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
     truncated = [ids[-1] not in policy.eos_ids for ids in responses]
     return Rollouts(list(problems), prompts, responses, completions, truncated)
+
+
+def encode_prompts(policy: Policy, problems: Sequence[Problem], max_new_tokens: int) -> list[list[int]]:
+    """Token ids of the rendered prompts. Raises InputError if one leaves no room for `max_new_tokens`."""
+    prompts = [encode(policy, render(policy, problem.prompt)) for problem in problems]
+    for problem, ids in zip(problems, prompts, strict=True):
+        if len(ids) + max_new_tokens > policy.context:
+            raise InputError(
+                f"prompt {problem.prompt[:40]!r}: expected at most {policy.context} tokens, the model's context, "
+                f"got {len(ids)} + {max_new_tokens} to generate"
+            )
+    return prompts
 
 
 class GumbelMax(LogitsProcessor):

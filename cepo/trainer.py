@@ -26,20 +26,18 @@ import torch
 from torch import Tensor
 
 from cepo import checkpoint, metrics, rollout, teacher
-from cepo.config import Config
 from cepo.credit import lam_at
-from cepo.errors import InputError, one_line
 from cepo.metrics import Clock, mean
-from cepo.parts import Parts, is_success, load_parts, problems_of, score
+from cepo.parts import Parts, held_out, is_success, problems_of, score
 from cepo.update import Batch, make_batch, update
 
 Record = dict[str, Any]
 
 
-def train(config: Config, run: Path, start: Path | None = None) -> Iterator[Record]:
-    """Train in `run`, from checkpoint `start` if given, and yield the records as they are written."""
+def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record]:
+    """Train in `run`, from checkpoint `start`, whose weights `parts` holds, if given; yield the records as written."""
+    config = parts.config
     done = 0 if start is None else checkpoint.verify(start)
-    parts = load_parts(config, None if start is None else str(start))
     optimizer = make_optimizer(parts)
     if start is not None:
         checkpoint.load_state(start, optimizer)
@@ -68,14 +66,16 @@ def make_optimizer(parts: Parts) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parts.policy.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
 
+def check_prompts(parts: Parts) -> None:
+    """Raise InputError if a held-out prompt, or one of the first step's, does not fit the model."""
+    rollout.encode_prompts(parts.policy, [*held_out(parts), *problems_of(parts, 1)], parts.max_new_tokens)
+
+
 def evaluate(parts: Parts) -> Record:
     """Held-out accuracy, sampled and greedy. The noise is that of step 0 of the evaluation's own seed, every time."""
     config = parts.config.eval
     clock = Clock(parts.policy.device)
-    try:
-        problems = parts.task.split(config.split, config.problems)
-    except ValueError as error:
-        raise InputError(one_line(error)) from error
+    problems = held_out(parts)
     shared: Record = {"group_size": 1, "max_new_tokens": parts.max_new_tokens, "key": (config.seed, 0)}
     shared["batch_size"] = parts.config.rollout.batch_size
     result: Record = {"split": config.split, "problems": len(problems)}

@@ -1,0 +1,192 @@
+"""The command line: what it prints, and that every bad input is one clear line and status 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cepo import metrics
+from cepo.cli import main, parse
+from cepo.config import Config
+from cepo.errors import InputError
+from cepo.report import curves
+
+QUICK = ["--train.steps", "2", "--rollout.prompts", "3", "--rollout.group_size", "4", "--eval.problems", "8"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run directories land in a place of their own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that answers these arguments."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("cepo: error: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    assert len(captured.err) < 500
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["frain"], ["train", "eval", "doctor", "'frain'"]),
+        (["train", "--train.stepz", "3"], ["stepz"]),
+        (["train", "extra"], ["extra"]),
+        (["train", "--credit.name", "magic"], ["credit.name", "cepo", "rlsd", "uniform", "'magic'"]),
+        (["train", "--advantage.name", "magic"], ["advantage.name", "grpo", "'magic'"]),
+        (["train", "--reward.name", "magic"], ["reward.name", "verifier", "'magic'"]),
+        (["train", "--loss.name", "magic"], ["loss.name", "clipped", "'magic'"]),
+        (["train", "--loss.average", "mean"], ["loss.average", "sequence", "'mean'"]),
+        (["train", "--task.name", "magic"], ["addition", "jsonl", "'magic'"]),
+        (["train", "--task.options", '{"magic": 1}'], ["magic", "max_new_tokens"]),
+        (["train", "--policy.model", "./nowhere"], ["policy.model", "./nowhere"]),
+        (["train", "--policy.device", "abacus"], ["policy.device", "abacus"]),
+        (["train", "--policy.compute_dtype", "int8"], ["policy.compute_dtype", "float32", "int8"]),
+        (["train", "--rollout.group_size", "1"], ["rollout.group_size", "at least 2", "1"]),
+        (["train", "--rollout.temperature", "0"], ["rollout.temperature", "above 0"]),
+        (["train", "--rollout.prompts", "0"], ["rollout.prompts", "at least 1"]),
+        (["train", "--rollout.prompts", "many"], ["rollout.prompts", "many"]),
+        (["train", "--credit.lam", "1.5"], ["credit.lam", "[0, 1]", "1.5"]),
+        (["train", "--credit.eps_w", "1"], ["credit.eps_w", "[0, 1)", "1"]),
+        (["train", "--train.lr", "-1"], ["train.lr", "above 0"]),
+        (["train", "--train.lr", "nan"], ["train.lr", "nan"]),
+        (["train", "--train.steps", "0"], ["train.steps", "at least 1"]),
+        (["train", "--eval.split", "train"], ["eval.split", "validation", "'train'"]),
+        (["train", "--checkpoint.keep", "0"], ["checkpoint.keep", "at least 1"]),
+        (["train", "--teacher.template", "x"], ["teacher.template", "hint", "splice"]),
+        (["train", "--teacher.hint", "no answer"], ["teacher.hint", "{answer}"]),
+        (["train", "--teacher.hint", "{answer} {x}"], ["teacher.hint", "{x}"]),
+        (["train", "--backend", "abacus"], ["backend", "abacus"]),
+        (["train", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["train", "--resume", "nowhere"], ["--resume", "nowhere"]),
+        (["train", "--resume"], ["--resume"]),
+        (["train", "--rollout.max_new_tokens", "2000"], ["1024", "2000"]),
+        (["train", "--run_dir", "/dev/null/run"], ["/dev/null/run"]),
+        (["eval", "--eval.problems", "0"], ["eval.problems", "at least 1"]),
+        (["eval", "--task.name", "jsonl:nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["doctor", "--help-me"], ["--help-me"]),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], elsewhere: Path, arguments: list[str], words: list[str]
+) -> None:
+    message = refused(capsys, *arguments)
+    for word in words:
+        assert word in message
+    assert not any(elsewhere.iterdir()), "a refused command leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["empty"]),
+        ('{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+2"}\n', ["line 2", "answer"]),
+        ('{"prompt": "1+1", "answer": "2"}\nnot json\n', ["line 2"]),
+    ],
+)
+def test_a_bad_jsonl_file_is_told_by_line(
+    capsys: pytest.CaptureFixture[str], elsewhere: Path, content: str, words: list[str]
+) -> None:
+    Path("bad.jsonl").write_text(content)
+    message = refused(capsys, "train", "--task.name", "jsonl:bad.jsonl")
+    assert all(word in message for word in ["bad.jsonl", *words])
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("train: {stepz: 3}", ["stepz"]), ("train: [", ["bad.yaml"]), ("magic: 1", ["magic"])]
+)
+def test_a_bad_yaml_file_is_one_line(capsys: pytest.CaptureFixture[str], text: str, words: list[str]) -> None:
+    Path("bad.yaml").write_text(text)
+    message = refused(capsys, "train", "--config", "bad.yaml")
+    assert all(word in message for word in words)
+
+
+def test_a_prompt_longer_than_the_context_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"prompt": f"{i} " * 600, "answer": str(i)}) for i in range(10)]
+    Path("long.jsonl").write_text("\n".join(lines))
+    message = refused(capsys, "train", "--task.name", "jsonl:long.jsonl", *QUICK)
+    assert "expected at most 1024 tokens, the model's context" in message
+
+
+def test_train_leaves_everything_a_run_should_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *QUICK, "--credit.name", "rlsd"]) == 0
+    captured = capsys.readouterr()
+    assert "sampled accuracy" in captured.out
+    run = Path("runs/addition-rlsd-seed0")
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["credit"] == {"name": "rlsd", "lam": 0.5, "lam_steps": 50, "eps_w": 0.2}
+    assert resolved["run_dir"] == str(run)
+    assert [(r["kind"], r["step"]) for r in metrics.read(run)] == [("eval", 0), ("train", 1), ("train", 2), ("eval", 2)]
+    assert (run / curves.FILE).read_bytes().startswith(b"\x89PNG")
+    for word in ("reward", "acc", "H ", "flat", "lam", "ev+", "ev-", "clip", "tok/s", "rollout", "credit"):
+        assert word in captured.err
+    assert main(["eval", "--policy.model", str(run), "--eval.problems", "8"]) == 0
+    assert "8 problems of validation: sampled" in capsys.readouterr().out
+    # The finished run repeats from its own resolved config, and can be taken further.
+    assert parse("train", ["--config", str(run / "config.yaml")])[0].credit.lam_steps == 50
+    assert main(["train", "--resume", str(run), "--train.steps", "3"]) == 0
+    assert metrics.read(run)[-1]["step"] == 3
+    assert refused(capsys_cleared(capsys), "train", *QUICK, "--run_dir", str(run)).count("--resume") == 1
+
+
+def capsys_cleared(capsys: pytest.CaptureFixture[str]) -> pytest.CaptureFixture[str]:
+    capsys.readouterr()
+    return capsys
+
+
+def test_options_override_yaml_which_overrides_the_defaults() -> None:
+    Path("mine.yaml").write_text("credit: {name: rlsd, lam: 0.3}\ntrain: {steps: 7}\n")
+    config, _ = parse("train", ["--config", "mine.yaml", "--train.steps", "9"])
+    assert (config.credit.name, config.credit.lam, config.credit.eps_w, config.train.steps) == ("rlsd", 0.3, 0.2, 9)
+    assert config.train.lr == Config().train.lr
+
+
+def test_help_says_what_every_option_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    summary = capsys.readouterr().out
+    assert all(command in summary for command in ("train", "eval", "doctor"))
+    with pytest.raises(SystemExit) as status:
+        main(["train", "--help"])
+    assert status.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("--credit.eps_w", "the weight is clipped to", "--resume", "optimiser steps on each batch", "hint"):
+        assert words in text
+
+
+def test_the_doctor_checks_what_can_run_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "contrastive_logprobs ->" in out
+    assert "reference on cpu" in out
+    assert "ok" in out
+    assert "WRONG" not in out
+
+
+def test_a_wrong_backend_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from cepo import doctor
+
+    monkeypatch.setattr(doctor, "self_test", lambda backend, device: 1e-3)
+    assert main(["doctor"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_parsing_needs_neither_torch_nor_transformers_for_a_mistake_in_the_command() -> None:
+    code = "import sys; from cepo.cli import main; main(['frain']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+def test_input_errors_are_value_errors() -> None:
+    assert issubclass(InputError, ValueError)

@@ -1,0 +1,204 @@
+"""The loop: what may be skipped, what stays exact, and that it learns from what it should."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cepo import axes, trainer, update
+from cepo.config import Config, EvalConfig, RolloutConfig, TrainConfig
+from cepo.metrics import Clock
+from cepo.parts import Parts, load_parts
+from cepo_kernels import token_logprobs
+
+
+def small(**sections: Any) -> Config:
+    """A config of a few cheap steps; a section given as a dict changes some of its fields."""
+    config = Config(
+        rollout=RolloutConfig(prompts=6, group_size=4),
+        train=TrainConfig(steps=3, lr=1e-3),
+        eval=EvalConfig(problems=8, every=0),
+    )
+    for name, changes in sections.items():
+        setattr(config, name, replace(getattr(config, name), **changes))
+    return config.check()
+
+
+def steps(config: Config, n: int = 3, first: int = 1) -> tuple[Parts, list[trainer.Record]]:
+    parts = load_parts(config)
+    optimizer = trainer.make_optimizer(parts)
+    return parts, [trainer.train_step(parts, optimizer, step) for step in range(first, first + n)]
+
+
+def weights(parts: Parts) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in parts.policy.model.state_dict().items()}
+
+
+def same_bits(one: Parts, other: Parts) -> bool:
+    mine, theirs = weights(one), weights(other)
+    return all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("name", ["cepo", "rlsd"])
+def test_skipping_the_teachers_changes_no_bit(name: str, share_prefix: bool) -> None:
+    # lam_steps = 2: the third step has lambda 0, where every teacher is skipped.
+    sections = {"credit": {"name": name, "lam_steps": 2}}
+    skipping, records = steps(small(**sections, teacher={"skip": True, "share_prefix": share_prefix}))
+    forced, forced_records = steps(small(**sections, teacher={"skip": False, "share_prefix": share_prefix}))
+    assert same_bits(skipping, forced)
+    assert [r["lam"] for r in records] == [0.5, 0.25, 0.0]
+    assert any(0 < r["zero_variance"] < 1 for r in records), "no group was skipped: the test would prove nothing"
+    for mine, theirs in zip(records, forced_records, strict=True):
+        assert all(mine[key] == theirs[key] for key in ("reward", "entropy", "loss", "gradient_norm"))
+    assert records[2]["evidence_right"] is None
+    assert forced_records[2]["evidence_right"] is not None
+
+
+def test_an_on_policy_ratio_is_exactly_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios: list[Tensor] = []
+    clipped = axes.lookup("losses", "clipped")
+
+    def spy(*args: Any, **options: Any) -> Any:
+        out = clipped(*args, **options)
+        ratios.append(out.ratio)
+        return out
+
+    parts = load_parts(small(train={"updates_per_batch": 2}))
+    parts = replace(parts, loss=spy)
+    # The same weights twice: the second round's log-probs come from another op and must have the same bits.
+    optimizer = torch.optim.SGD(parts.policy.model.parameters(), lr=0.0)
+    parts.config.train.lr = 0.0
+    trainer.train_step(parts, optimizer, 1)
+    assert len(ratios) == 2
+    assert all((ratio == 1).all() for ratio in ratios)
+
+
+def test_later_rounds_keep_the_credit_of_the_behaviour_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"look": 0, "look_again": 0}
+    for name in calls:
+        original = getattr(update, name)
+
+        def counted(*args: Any, name: str = name, original: Any = original) -> Any:
+            calls[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(update, name, counted)
+    _, records = steps(small(train={"updates_per_batch": 3, "lr": 3e-3}), n=1)
+    assert calls == {"look": 2, "look_again": 2}  # one pass of active and one of idle rows, then active rows only
+    assert records[0]["ratio_clipped"] > 0
+
+
+def test_passes_in_pieces_give_the_gradient_of_the_whole() -> None:
+    gradients = []
+    for pieces in (0, 1, 2):
+        parts = load_parts(small(train={"prompts_per_pass": pieces, "max_grad_norm": 1e9}))
+        trainer.train_step(parts, torch.optim.SGD(parts.policy.model.parameters(), lr=0.0), 1)
+        gradients.append(torch.cat([p.grad.flatten() for p in parts.policy.model.parameters()]))
+    assert gradients[0].norm() > 0
+    for other in gradients[1:]:
+        assert (gradients[0] - other).norm() < 1e-4 * gradients[0].norm()
+
+
+def test_the_update_is_the_policy_gradient_with_the_global_token_count() -> None:
+    parts = load_parts(small(train={"max_grad_norm": 1e9}, credit={"name": "uniform"}))
+    model = parts.policy.model
+    parts.config.train.lr = 0.0
+    trainer.train_step(parts, torch.optim.SGD(model.parameters(), lr=0.0), 1)
+    got = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    rollouts = trainer.rollout.sample(
+        parts.policy, trainer.problems_of(parts, 1), group_size=4, max_new_tokens=28, temperature=1.0, key=(0, 1)
+    )
+    rewards = torch.tensor(trainer.score(parts, rollouts)).view(6, 4)
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    total = sum(map(len, rollouts.responses))
+    for b, response in enumerate(rollouts.responses):
+        prompt = rollouts.prompts[b // 4]
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        logprobs = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])
+        (-advantages[b] * logprobs.sum() / total).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (got - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_a_batch_without_any_advantage_moves_nothing() -> None:
+    parts = load_parts(small())
+    parts = replace(parts, reward=lambda prompts, *args, **columns: [1.0] * len(prompts))
+    optimizer = trainer.make_optimizer(parts)
+    before = weights(parts)
+    record = trainer.train_step(parts, optimizer, 1)
+    assert all(torch.equal(before[name], value) for name, value in weights(parts).items())
+    assert record["zero_variance"] == 1
+    assert record["entropy"] > 0
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
+    parts = load_parts(small())
+    parts = replace(parts, advantage=lambda rewards: torch.full_like(rewards, float("inf")))
+    before = weights(parts)
+    trainer.train_step(parts, trainer.make_optimizer(parts), 1)
+    assert all(torch.equal(before[name], value) for name, value in weights(parts).items())
+
+
+def test_truncated_rollouts_score_zero_and_masking_them_keeps_the_denominator() -> None:
+    parts = load_parts(small())
+    problems = trainer.problems_of(parts, 1)
+    free = trainer.rollout.sample(parts.policy, problems, group_size=4, max_new_tokens=28, temperature=1.0, key=(0, 1))
+    cut = max(map(len, free.responses)) - 1
+    rollouts = trainer.rollout.sample(
+        parts.policy, problems, group_size=4, max_new_tokens=cut, temperature=1.0, key=(0, 1)
+    )
+    assert any(rollouts.truncated)
+    scores = trainer.score(parts, rollouts)
+    assert all(s == 0 for s, truncated in zip(scores, rollouts.truncated, strict=True) if truncated)
+    masked = load_parts(small(rollout={"max_new_tokens": cut, "mask_truncated": True}))
+    batch = trainer.make_batch(masked, rollouts, torch.ones(24), None, 0.0)
+    lengths = torch.tensor([len(ids) for ids in rollouts.responses])
+    assert (batch.weights[torch.tensor(rollouts.truncated)] == 0).all()
+    assert torch.allclose(batch.weights[~torch.tensor(rollouts.truncated)], 1 / lengths.sum())
+
+
+def test_records_hold_what_a_person_watches() -> None:
+    _, records = steps(small(), n=1)
+    for key in ("reward", "accuracy", "entropy", "zero_variance", "lam", "evidence_right", "evidence_wrong",
+                "weight_clipped", "ratio_clipped", "tokens_per_second", "negative_shared", "truncated"):  # fmt: skip
+        assert isinstance(records[0][key], float), key
+    assert {"rollout", "reward", "teacher", "policy", "credit", "update"} <= set(records[0]["seconds"])
+    assert records[0]["evidence_right"] > records[0]["evidence_wrong"]
+
+
+def test_evaluation_disturbs_nothing(tmp_path: Path) -> None:
+    finals = []
+    for every in (0, 1):
+        run = tmp_path / str(every)
+        run.mkdir()
+        list(trainer.train(load_parts(small(eval={"every": every})), run))
+        finals.append(load_parts(small(policy={"model": str(run)})))
+    assert same_bits(*finals)
+
+
+@pytest.mark.parametrize("advantage", axes.members("advantages"))
+@pytest.mark.parametrize("credit", axes.members("credit"))
+def test_any_advantage_goes_with_any_credit(advantage: str, credit: str) -> None:
+    config = small(advantage={"name": advantage}, credit={"name": credit}, rollout={"prompts": 3, "group_size": 4})
+    _, records = steps(config, n=1)
+    assert records[0]["gradient_norm"] > 0
+
+
+def test_look_reads_the_policy_as_token_logprobs_does() -> None:
+    parts = load_parts(small())
+    rollouts = trainer.rollout.sample(
+        parts.policy, trainer.problems_of(parts, 1), group_size=4, max_new_tokens=28, temperature=1.0, key=(0, 1)
+    )
+    batch = trainer.make_batch(parts, rollouts, torch.ones(24), None, 0.0)
+    rows = [0, 5, 7]
+    out = update.look(parts, batch, rows, True, Clock(parts.policy.device))
+    logits = update.response_logits(parts.policy, batch.prompts(rows), batch.responses(rows))
+    labels = torch.tensor([token for ids in batch.responses(rows) for token in ids])
+    assert torch.equal(out.logprobs, token_logprobs(logits, labels).logprobs)
