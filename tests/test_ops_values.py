@@ -134,6 +134,18 @@ def test_both_ends_of_a_probability_keep_full_relative_precision(backend, vocabu
         oracle.assert_close(gradient.gather(1, labels[:, None])[:, 0], -np.expm1(want), oracle.RELATIVE, name="1 - p")
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("cap", [15.0, 30.0, 50.0])
+def test_a_cap_keeps_the_precision_of_a_confident_row(backend, cap, temperature):
+    options = {"logit_softcap": cap, "temperature": temperature}
+    for spread in (1.0, 20.0):
+        logits = oracle.logits_like((40, 5003), 1, torch.float32, spread)
+        labels = oracle.labels_like((40,), 5003, 2)
+        logits.scatter_(1, labels[:, None], torch.linspace(0.2 * cap, 3 * cap, 40)[:, None])
+        got = oracle.run(backend, logits, None, None, labels, **options)
+        oracle.assert_close(got.logprobs, oracle.logprobs(logits, labels, **options), oracle.RELATIVE, name="logprobs")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("positive_odds", "negative_odds"), [(-40.0, 60.0), (60.0, -40.0), (60.0, 61.5), (-1e-3, 0.3)])
 def test_evidence_keeps_its_absolute_bound_where_log_probs_are_large(backend, positive_odds, negative_odds, dtype):
