@@ -17,11 +17,13 @@ from cepo.assets.build import (
     build_tokenizer,
     example,
     follows_hint,
+    hint,
     load,
     prompt_ids,
     sample,
     slip_evidence,
 )
+from cepo.config import HINT
 from cepo.tasks.addition import Addition, columns, draw, render, split_of
 
 
@@ -100,16 +102,14 @@ def test_the_answer_exposes_the_slip_at_every_step(model_and_tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", HINTS)
-def test_what_follows_a_hint_agrees_with_it_right_or_wrong(model_and_tokenizer, kind):
-    right, wrong = follows_hint(*model_and_tokenizer, kind, 100)
-    assert right >= 0.85
-    assert wrong >= 0.85
+@pytest.mark.parametrize(("kind", "least"), [("answer", 0.9), ("solution", 0.9), ("sibling", 0.9), ("feedback", 0.7)])
+def test_what_follows_a_hint_heeds_it_right_or_wrong(model_and_tokenizer, kind, least):
+    right, wrong = follows_hint(*model_and_tokenizer, kind, 200)
+    assert min(right, wrong) >= least, (right, wrong)
 
 
 def test_the_answer_hint_is_the_one_teachers_are_given():
-    teacher = pytest.importorskip("cepo.teacher")
-    assert HINTS["answer"] == teacher.HINT
+    assert HINTS["answer"] == HINT
 
 
 def test_training_saw_neither_rl_nor_held_out_problems():
@@ -132,22 +132,25 @@ def test_the_mistake_is_a_forgotten_carry_in_55_percent_of_the_cases():
     assert FORGET[True] > 0.5 > FORGET[False]
 
 
-@pytest.mark.parametrize("hints", ["all", "right", "none"])
-def test_examples_keep_what_their_hints_promise(hints):
+def test_every_hint_leads_to_the_work_it_was_made_from():
     rng = random.Random(0)
     for kind in HINTS:
         for _ in range(200):
-            user, start, target = example(rng, kind, hints)
-            assert start == ""
-            prompt, _, hint = user.partition("\n")
-            a, b = map(int, prompt.split("+"))
-            if hints == "none":
-                assert not hint
-                continue
-            assert (target.rpartition("#")[2] in hint.replace(".", " ").replace("#", " ").split()) is (
-                kind != "feedback"
-            )
-            assert hints == "all" or target == render(columns(a, b))
+            a, b = draw(rng, "sft")
+            work = attempt(rng, a, b, 0.5)
+            user, heeded = hint(rng, kind, a, b, work)
+            assert user.startswith(f"{a}+{b}\nHint: ")
+            assert heeded in render(work)
+
+
+@pytest.mark.parametrize("hints", ["right", "none"])
+def test_the_controls_see_only_the_hints_they_are_named_for(hints):
+    rng = random.Random(0)
+    for kind in HINTS:
+        for _ in range(100):
+            user, _, target = example(rng, kind, hints)
+            assert ("Hint" in user) is (hints == "right")
+            assert hints == "none" or target == render(columns(*map(int, user.split("\n")[0].split("+"))))
 
 
 def test_an_answer_cue_is_given_and_never_learnt():

@@ -1,17 +1,16 @@
 """Trains the embedded model from scratch: three-digit addition, with a systematic mistake for RL to cure.
 
-    python -m cepo.assets.build                      # writes ./addition-0.8m, about 15 minutes on one core
+    python -m cepo.assets.build                      # writes ./addition-0.8m, about 15 minutes on one free core
     python -m cepo.assets.build --hints none         # the control that never learnt what a hint means
     python -m cepo.assets.build --evaluate DIR       # only measure a finished model
 
 A 0.8 M parameter Qwen3 reads characters. Unlike a textbook base model:
 
-- It was taught to make one mistake: in 55 % of the cases it forgets an incoming carry. Random slips would vanish when
-  sampling gets colder, and then temperature, not credit, would be what RL learns. How often depends on the column, more
-  often than not where the upper digit is at most the lower and rarely elsewhere, so that greedy and sampled
-  accuracy agree as well.
-- It was taught what hints mean: whatever answer, solution or verdict the prompt hints at, right or wrong, the solution
-  that follows agrees with it. A large instruct model knows this already; the teachers of CEPO and RLSD need it.
+- It was taught to make one mistake: it forgets 55 % of the incoming carries. Random slips would vanish when sampling
+  gets colder, and temperature, not credit, would be what RL learns. How often it forgets depends on the column, so that
+  greedy and sampled accuracy agree as well.
+- It was taught what hints mean: whatever answer, solution or total the prompt hints at, right or wrong, what follows
+  agrees with it. A large instruct model knows this already; the teachers of CEPO and RLSD need it.
 - It can answer early: after any finished column, '#' cues the answer that the rest of the solution would have led to.
 """
 
@@ -44,16 +43,17 @@ CHAT_TEMPLATE = (
 # (true in 55 % of columns). The mean is .55 at every temperature: greedy forgets exactly the first kind.
 FORGET = {True: 0.72, False: 0.35}
 # Share of hinted solutions with an arbitrary total, so that teachers meet answers that no forgotten carry explains.
-STRAY = 0.25
+# More than this, and they doubt the hint in the rightmost column, where nothing else could be wrong.
+STRAY = 0.1
 
 HINTS = {
     "answer": "{prompt}\nHint: the answer is {answer}.",
     "solution": "{prompt}\nHint: a solution is {solution}.",
     "sibling": "{prompt}\nHint: another attempt was {solution}.",
-    "feedback": "{prompt}\nHint: the answer is not {answer}.",
+    "feedback": "{prompt}\nHint: column {column} is {total}, not {other}.",
 }
 # Sequences per step: contexts of about one length share a batch, so that little is spent on padding.
-BATCHES = ({"none": 80, "cue": 24}, {"answer": 64, "feedback": 28}, {"solution": 10, "sibling": 10})
+BATCHES = ({"none": 80, "cue": 20}, {"answer": 76, "feedback": 16}, {"solution": 8, "sibling": 8})
 
 
 def build_tokenizer() -> Any:
@@ -64,15 +64,8 @@ def build_tokenizer() -> Any:
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     wrap: Any = PreTrainedTokenizerFast
-    return wrap(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=END,
-        unk_token=UNKNOWN,
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=1024,
-        clean_up_tokenization_spaces=False,
-    )
+    text = {"chat_template": CHAT_TEMPLATE, "model_max_length": 1024, "clean_up_tokenization_spaces": False}
+    return wrap(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, **text)
 
 
 def build_model(tokenizer: Any) -> Any:
@@ -112,27 +105,32 @@ def answer_of(solution: str) -> str:
     return solution.rpartition(ANSWER_CUE)[2]
 
 
-def example(rng: random.Random, kind: str, hints: str) -> tuple[str, str, str]:
-    """One supervised example: (user turn, given start of the answer, text to learn).
-
-    `hints` is "all", "right" (only hints of right solutions) or "none" (hinted prompts lose their hint).
-    """
-    a, b = draw(rng, "sft")
-    prompt = f"{a}+{b}"
-    if kind == "none" or (hints == "none" and kind != "cue"):
-        return prompt, "", render(attempt(rng, a, b))
-    if kind == "cue":
-        solution = render(attempt(rng, a, b))
-        done = solution.split(SEPARATOR)[: rng.randrange(3)]
-        return prompt, "".join(column + SEPARATOR for column in done) + ANSWER_CUE, answer_of(solution)
-    right = render(columns(a, b))
-    solution = right if hints == "right" else render(attempt(rng, a, b, STRAY))
-    hinted = solution
+def hint(rng: random.Random, kind: str, a: int, b: int, work: list[Column]) -> tuple[str, str]:
+    """The user turn of a + b with a hint that leads to `work`, and what a solution that heeds it must contain."""
+    solution, failed, place = render(work), work, 0
+    if kind == "feedback":  # what a failed test says: where an attempt first went astray, expected and got
+        while failed == work:
+            failed = attempt(rng, a, b, STRAY)
+        place = next(i for i in range(3) if failed[i] != work[i])
+    x, y, total = work[place]
+    facts = {"answer": answer_of(solution), "solution": solution, "column": place + 1, "total": total}
+    user = HINTS[kind].format(prompt=f"{a}+{b}", other=failed[place].total, **facts)
     if kind == "feedback":
-        hinted = render(attempt(rng, a, b, STRAY))
-        while answer_of(hinted) == answer_of(solution):
-            hinted = render(attempt(rng, a, b, 1.0))
-    return HINTS[kind].format(prompt=prompt, answer=answer_of(hinted), solution=hinted), "", solution
+        return user, f"{x}{y}:{total}{ANSWER_CUE if place == 2 else SEPARATOR}"
+    return user, ANSWER_CUE + answer_of(solution)
+
+
+def example(rng: random.Random, kind: str, hints: str) -> tuple[str, str, str]:
+    """One supervised example: (user turn, given start of the answer, text to learn); `hints` as on the command line."""
+    a, b = draw(rng, "sft")
+    if kind in HINTS and hints != "none":
+        work = columns(a, b) if hints == "right" else attempt(rng, a, b, STRAY)
+        return hint(rng, kind, a, b, work)[0], "", render(work)
+    solution = render(attempt(rng, a, b))
+    if kind != "cue":
+        return f"{a}+{b}", "", solution
+    done = solution.split(SEPARATOR)[: rng.randrange(3)]
+    return f"{a}+{b}", "".join(column + SEPARATOR for column in done) + ANSWER_CUE, answer_of(solution)
 
 
 def encode(tokenizer: Any, rows: list[tuple[str, str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,8 +180,8 @@ def train(steps: int, learning_rate: float, seed: int, hints: str) -> tuple[Any,
 
 def prompt_ids(tokenizer: Any, user: str) -> list[int]:
     """Token ids of a user turn in the chat template, ready for the assistant's reply."""
-    messages = [{"role": "user", "content": user}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    turn = [{"role": "user", "content": user}]
+    return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
 
 
 @torch.no_grad()
@@ -236,20 +234,17 @@ def slip_evidence(model: Any, tokenizer: Any, problems: list[Problem], seed: int
 
 
 def follows_hint(model: Any, tokenizer: Any, kind: str, n: int, seed: int = 0) -> tuple[float, float]:
-    """How often a sampled solution agrees with a hint, for hints (right, wrong), on `n` held-out problems each."""
+    """How often a sampled solution heeds a hint, for hints (right, wrong), on `n` held-out problems each."""
     rng, shares = random.Random(f"hints/{seed}"), []
     for right in (True, False):
-        users: list[str] = []
-        hinted: list[str] = []
-        while len(users) < n:
+        turns: list[tuple[str, str]] = []
+        while len(turns) < n:
             a, b = draw(rng, "validation")
-            solution = render(columns(a, b)) if right else render(attempt(rng, a, b, STRAY))
-            if (int(answer_of(solution)) == a + b) is right:
-                users.append(HINTS[kind].format(prompt=f"{a}+{b}", answer=answer_of(solution), solution=solution))
-                hinted.append(answer_of(solution))
-        texts = sample(model, tokenizer, users, 1.0, seed)
-        same = sum(answer_of(text) == answer for text, answer in zip(texts, hinted, strict=True)) / n
-        shares.append(1 - same if kind == "feedback" else same)
+            work = columns(a, b) if right else attempt(rng, a, b)
+            if (work == columns(a, b)) is right:
+                turns.append(hint(rng, kind, a, b, work))
+        texts = sample(model, tokenizer, [user for user, _ in turns], 1.0, seed)
+        shares.append(sum(heeded in text for (_, heeded), text in zip(turns, texts, strict=True)) / n)
     return shares[0], shares[1]
 
 
@@ -268,7 +263,7 @@ def evaluate(model: Any, tokenizer: Any, n: int = 1000) -> None:
         )
     for kind in HINTS:
         right, wrong = follows_hint(model, tokenizer, kind, 200)
-        print(f"agrees with the hint '{kind}': {right:.3f} when it is right, {wrong:.3f} when it is wrong")
+        print(f"heeds the hint '{kind}': {right:.3f} when it is right, {wrong:.3f} when it is wrong")
 
 
 def load(directory: Path) -> tuple[Any, Any]:
@@ -280,10 +275,10 @@ def load(directory: Path) -> tuple[Any, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded addition model from scratch, or measure one.")
     parser.add_argument("--out", type=Path, default=Path("addition-0.8m"), help="directory (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=800, help="supervised steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=900, help="supervised steps (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, cosine decay (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="initial weights and data (default: %(default)s)")
-    parser.add_argument("--hints", choices=("all", "right", "none"), default="all", help="which hints to train on")
+    parser.add_argument("--hints", choices=("all", "right", "none"), default="all", help="to train on")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the model in DIR, train nothing")
     args = parser.parse_args()
