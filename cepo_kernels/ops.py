@@ -61,7 +61,8 @@ def _forward_buffers(
         weight=rows(positive is not None and advantages is not None),
         advantages=rows(advantages is not None),
         entropy=rows(return_entropy),
-        stats=torch.empty((labels.numel(), STATS), dtype=torch.float32, device=policy.device),
+        # Zeros: a backend leaves an ignored row's as they are.
+        stats=torch.zeros((labels.numel(), STATS), dtype=torch.float32, device=policy.device),
     )
 
 
@@ -195,10 +196,11 @@ def gradient(
     """The gradients of the forward op's inputs: the policy's by ``op``, or its own memory where ``op`` returns none."""
     outputs = ForwardOutputs(*grads)  # type: ignore[arg-type]
     written = None
-    if outputs.logprobs is not None or outputs.entropy is not None:
-        labels, logprobs, entropy, stats, *options = saved
+    labels, logprobs, entropy, stats, *options = saved
+    grad_entropy = outputs.entropy if entropy.shape == labels.shape else None  # else it is the absent output's
+    if outputs.logprobs is not None or grad_entropy is not None:
         written = op(
-            policy, labels, outputs.logprobs, outputs.entropy, logprobs, entropy, stats, *options,
+            policy, labels, outputs.logprobs, grad_entropy, logprobs, entropy, stats, *options,
             ctx.ignore_index, ctx.backend,
         )  # fmt: skip
         written = policy if written is None else written
