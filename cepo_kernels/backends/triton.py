@@ -57,7 +57,8 @@ def forward(inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
             *(buffer if buffer.numel() else None for buffer in outputs),
             *_strides(inputs.policy), *_strides(inputs.positive), *_strides(inputs.negative),
             inputs.policy.shape[1], vocabulary, options.ignore_index, *numbers,
-            SOFTCAP=softcap, BLOCK=shape.block, UNROLL=shape.unroll, num_warps=shape.warps, **COMPILE_OPTIONS[_target()],
+            SOFTCAP=softcap, BLOCK=shape.block, UNROLL=shape.unroll,
+            num_warps=shape.warps, **COMPILE_OPTIONS[_target()],
         )  # fmt: skip
 
 
@@ -70,10 +71,11 @@ def backward(inputs: BackwardInputs) -> None:
     with _current(inputs.policy.device):
         _kernels().backward_kernel[(inputs.labels.numel(),)](
             inputs.gradient, inputs.policy, inputs.labels, inputs.grad_logprobs, inputs.grad_entropy,
-            inputs.logprobs, inputs.stats, _per_row(options), values,
+            inputs.logprobs, inputs.entropy if inputs.entropy.numel() else None, inputs.stats,
+            _per_row(options), values,
             *_strides(inputs.gradient), *_strides(inputs.policy),
             inputs.policy.shape[1], vocabulary, options.ignore_index, *numbers,
-            SOFTCAP=softcap, BLOCK=4 * shape.block, num_warps=shape.warps, **COMPILE_OPTIONS[_target()],
+            SOFTCAP=softcap, BLOCK=shape.backward_block, num_warps=shape.warps, **COMPILE_OPTIONS[_target()],
         )  # fmt: skip
 
 
@@ -83,6 +85,11 @@ class RowShape(NamedTuple):
     block: int
     unroll: int
     warps: int
+
+    @property
+    def backward_block(self) -> int:
+        """Backward has no accumulators: sixteen columns a thread."""
+        return 4 * self.block
 
 
 def row_shape(vocabulary: int, softcap: bool) -> RowShape:

@@ -12,8 +12,11 @@
   S NaN, and finfo.min is a number like any other.
 - For the entropy, ``R = S - 1`` and ``U = sum (x_j - M) k e_j`` are summed on their own, as every term but the
   maximum's own, so that a row whose mass is in one column keeps its digits. S does not depend on it.
-- Scalars of a row are float64 and rounded once. ``stats`` are (M, R, 1 - p, entropy).
+- Scalars of a row are float64 and rounded once. ``stats`` are (M, S, 1 - p, log p_M + entropy), p_M that of M's column.
 """
+
+# mypy: ignore-errors
+# The bodies are Triton's language, in which Python's types mean nothing.
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ def _load_all(
     loaded = ()
     for i in tl.static_range(UNROLL):
         of = columns + i * columns.shape[0]
-        loaded = loaded + (_load(row, of, vocabulary, label, inner_high, inner_low, SOFTCAP, EDGE),)
+        loaded = loaded + (_load(row, of, vocabulary, label, inner_high, inner_low, SOFTCAP, EDGE),)  # noqa: RUF005
     return loaded
 
 
@@ -164,7 +167,7 @@ def _sums(
     factor = tl.exp2((m - top) * k)
     # The lane at the top holds 1 or more: 2^-34 is small enough a unit, and large enough for 2^28 columns.
     total = tl.sum((s * factor * 17179869184.0).to(tl.int64), 0).to(tl.float64) * 5.820766091346741e-11
-    rest = total - 1.0
+    rest = total
     mean = total
     if ENTROPY:
         at_top = m == top
@@ -260,7 +263,9 @@ def forward_kernel(
     positive_total, positive_top = total, top
     if positive is not None:
         positive = _start(positive, row, inner_rows, positive_outer, positive_inner)
-        positive_total, positive_top, _, _ = _sums(positive, vocabulary, label, unit, inner, SOFTCAP, False, BLOCK, UNROLL)
+        positive_total, positive_top, _, _ = _sums(
+            positive, vocabulary, label, unit, inner, SOFTCAP, False, BLOCK, UNROLL
+        )
     negative_total, negative_top = total, top
     used = label == label
     if negative is not None:
@@ -268,7 +273,9 @@ def forward_kernel(
             used = tl.load(negative_mask + row) != 0
         negative = _start(negative, row, inner_rows, negative_outer, negative_inner)
         if used:
-            negative_total, negative_top, _, _ = _sums(negative, vocabulary, label, unit, inner, SOFTCAP, False, BLOCK, UNROLL)
+            negative_total, negative_top, _, _ = _sums(
+                negative, vocabulary, label, unit, inner, SOFTCAP, False, BLOCK, UNROLL
+            )
 
     # Last, and not each beside its sums: a value less to hold through the loops over the next rows.
     x = _label_logit(policy, label)
@@ -291,16 +298,18 @@ def forward_kernel(
     own = _pick(index, log_p, 0)
     q = _pick(index, tl.where(odds > 0.0, 1.0, e) / (1.0 + e), 0)
     _put(logprobs, row, own)
-    spread = q
+    offset = q
     if entropy is not None:
         p = _pick(index, tl.where(odds > 0.0, e, 1.0) / (1.0 + e), 0)
         log_q = _pick(index, -(tl.where(odds < 0.0, -odds, 0.0) + tail), 0)
-        spread = tl.where(p == 0.0, 0.0, -p * own) + tl.where(q == 0.0, 0.0, q * (_log1p(rest) + mean - log_q))
+        log_p_top = tl.where(q == 0.0, 0.0, log_q - _log1p(rest))
+        spread = tl.where(p == 0.0, 0.0, -p * own) + tl.where(q == 0.0, 0.0, q * (mean - log_p_top))
         _put(entropy, row, spread)
+        offset = log_p_top + spread
     tl.store(stats + row * 4, top)
-    tl.store(stats + row * 4 + 1, rest.to(tl.float32))
+    tl.store(stats + row * 4 + 1, total.to(tl.float32))
     tl.store(stats + row * 4 + 2, q.to(tl.float32))
-    tl.store(stats + row * 4 + 3, spread.to(tl.float32))
+    tl.store(stats + row * 4 + 3, offset.to(tl.float32))
 
     under_negative = _pick(index, log_p, 2)
     if negative is not None:
@@ -330,7 +339,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["inner_rows", "ignore_index"])
 def backward_kernel(
-    gradient, policy, labels, grad_logprobs, grad_entropy, logprobs, stats, temperatures, values,
+    gradient, policy, labels, grad_logprobs, grad_entropy, logprobs, entropy, stats, temperatures, values,
     gradient_outer: tl.int64, gradient_inner: tl.int64, policy_outer: tl.int64, policy_inner: tl.int64,
     inner_rows: tl.int64, vocabulary: tl.int32, ignore_index: tl.int64,
     scale: tl.float64, cap: tl.float64, temperature: tl.float64,
@@ -363,21 +372,16 @@ def backward_kernel(
         if SOFTCAP:
             slope = (unit * inner).to(tl.float32)
         top = tl.load(stats + row * 4)
-        rest = tl.load(stats + row * 4 + 1).to(tl.float64)
+        total = tl.load(stats + row * 4 + 1).to(tl.float64)
         complement = tl.load(stats + row * 4 + 2).to(tl.float64)
-        empty = complement == 0.0
-        factor = tl.where(empty, 0.0, complement / (1.0 + tl.where(empty, 0.0, rest))).to(tl.float32)
+        factor = tl.where(complement == 0.0, 0.0, complement / tl.where(complement == 0.0, 1.0, total)).to(tl.float32)
         at_label = g.to(tl.float64) * complement
-        offset = tl.full((), 0.0, tl.float32)
+        offset = tl.load(stats + row * 4 + 3)
         if grad_entropy is not None:
-            spread = tl.load(stats + row * 4 + 3).to(tl.float64)
             logprob = tl.load(logprobs + row).to(tl.float64)
             p = tl.exp(logprob)
+            spread = tl.load(entropy + row).to(tl.float64)
             at_label -= h.to(tl.float64) * tl.where(p == 0.0, 0.0, p * (logprob + spread))
-            # log(1 - p) from whichever of p and 1 - p is small.
-            small = p < 0.5
-            log_complement = tl.where(small, -_log1p(p / (1.0 - tl.where(small, p, 0.0))), tl.log(complement))
-            offset = tl.where(empty, 0.0, log_complement - _log1p(tl.where(empty, 0.0, rest)) + spread).to(tl.float32)
         at_label = at_label.to(tl.float32)
         source = _start(policy, row, inner_rows, policy_outer, policy_inner)
         for start in range(0, vocabulary, BLOCK):
