@@ -66,7 +66,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _parser(command: str) -> _Parser:
-    return _Parser(prog=f"cepo {command}", description=_SUMMARY[command], epilog=_EPILOG[command])
+    usage = f"cepo {command}" + ("" if command == "doctor" else " [--config FILE] [--section.key value ...]")
+    return _Parser(prog=f"cepo {command}", usage=usage, description=_SUMMARY[command], epilog=_EPILOG[command])
 
 
 def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
@@ -106,6 +107,7 @@ def _train(arguments: list[str]) -> int:
     config, parsed = parse("train", arguments)
     from cepo import checkpoint, trainer
     from cepo.parts import load_parts
+    from cepo.policy import threads
     from cepo.report import curves
 
     run, start = checkpoint.locate(parsed.resume) if parsed.resume else (None, None)
@@ -124,7 +126,8 @@ def _train(arguments: list[str]) -> int:
         with checkpoint.replacing(run / checkpoint.CONFIG) as temporary:
             temporary.write_text(resolved(str(run)))
     print(f"run directory: {run}", file=sys.stderr)
-    _follow(trainer.train(parts, run, start), config.train.steps)
+    with threads(parts.policy, config.policy.threads):
+        _follow(trainer.train(parts, run, start), config.train.steps)
     print(f"curves: {curves.draw(run)}", file=sys.stderr)
     return 0
 
@@ -177,8 +180,11 @@ def _eval(arguments: list[str]) -> int:
     config, _ = parse("eval", arguments)
     from cepo import trainer
     from cepo.parts import load_parts
+    from cepo.policy import threads
 
-    result = trainer.evaluate(load_parts(config))
+    parts = load_parts(config)
+    with threads(parts.policy, config.policy.threads):
+        result = trainer.evaluate(parts)
     print(
         f"{config.policy.model} on {config.task.name}, {result['problems']} problems of {result['split']}: "
         f"sampled {result['sampled']:.3f} (T = {config.eval.temperature:g}), greedy {result['greedy']:.3f}"

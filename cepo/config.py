@@ -32,14 +32,17 @@ class PolicyConfig:
         gguf_file: file of a GGUF model in that directory (extra `[gguf]`).
         compute_dtype: float32, or bfloat16 by autocast; the weights are float32 either way.
         device: auto, cpu, cuda, cuda:1, ...
+        threads: of the CPU; 0: one below ten million parameters, whose operations are too small to share, else all.
     """
 
     model: str = "embedded"
     gguf_file: str | None = None
     compute_dtype: str = "float32"
     device: str = "auto"
+    threads: int = 0
 
     def check(self) -> None:
+        _require(self.threads >= 0, "policy.threads", "at least 0", self.threads)
         _one_of("policy.compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
 
 
@@ -210,7 +213,7 @@ class TrainConfig:
         seed: of the problems and the sampling noise.
     """
 
-    steps: int = 60
+    steps: int = 40
     lr: float = 3e-4
     warmup_steps: int = 0
     weight_decay: float = 0.0

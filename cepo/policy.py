@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,18 @@ def load_policy(config: PolicyConfig) -> Policy:
         model = _without_quantization(model)
     model.to(device=device)
     return make_policy(model, tokenizer, compute_dtype=getattr(torch, config.compute_dtype))
+
+
+@contextmanager
+def threads(policy: Policy, wanted: int) -> Iterator[None]:
+    """Run with `wanted` CPU threads; 0: one for a model so small that threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    small = policy.model.num_parameters() < 10_000_000
+    torch.set_num_threads(wanted or (1 if small else before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_policy(model: Any, tokenizer: Any, compute_dtype: torch.dtype = torch.float32) -> Policy:

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from tiny import tiny_policy
 
 from cepo import metrics
 from cepo.cli import main, parse
 from cepo.config import Config
 from cepo.errors import InputError
+from cepo.policy import threads
 from cepo.report import curves
 
 QUICK = ["--train.steps", "2", "--rollout.prompts", "3", "--rollout.group_size", "4", "--eval.problems", "8"]
@@ -186,6 +189,15 @@ def test_a_wrong_backend_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_parsing_needs_neither_torch_nor_transformers_for_a_mistake_in_the_command() -> None:
     code = "import sys; from cepo.cli import main; main(['frain']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+def test_a_small_model_takes_one_thread_and_gives_the_others_back() -> None:
+    policy = tiny_policy()
+    before = torch.get_num_threads()
+    for wanted, expected in ((0, 1), (2, 2)):
+        with threads(policy, wanted):
+            assert torch.get_num_threads() == expected
+        assert torch.get_num_threads() == before
 
 
 def test_input_errors_are_value_errors() -> None:
