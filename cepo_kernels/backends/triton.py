@@ -26,20 +26,18 @@ COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def unavailable(device_type: str) -> str | None:
+    if device_type not in ("cuda", "cpu"):
+        return f"it runs on CUDA and ROCm devices, not on {device_type!r}"
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA or ROCm device"
+    if device_type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "it needs compute capability 8.0 or newer"
     try:
-        import triton.runtime.interpreter as interpreter
+        from triton.runtime.interpreter import InterpretedFunction
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install 'cepo[gpu]'"
-    if device_type == "cpu":
-        if isinstance(_kernels().forward_kernel, interpreter.InterpretedFunction):
-            return None
+    if device_type == "cpu" and not isinstance(_kernels().forward_kernel, InterpretedFunction):
         return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
-    if device_type != "cuda":
-        return f"it runs on CUDA and ROCm devices, not on {device_type!r}"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA or ROCm device"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return "it needs compute capability 8.0 or newer"
     return None
 
 

@@ -52,7 +52,8 @@ def _units(raw, inner_high, inner_low, SOFTCAP: tl.constexpr):
     """Stored logits as float32 in the units of M. The cap must not hide a +inf."""
     x = raw.to(tl.float32)
     if SOFTCAP:
-        x = tl.where(x == float("inf"), x, _tanh(tl.fma(x, inner_high, x * inner_low)))
+        finite = tl.maximum(x, LOWEST)  # -inf times a rounding error of 0 would be NaN
+        x = tl.where(x == float("inf"), x, _tanh(tl.fma(finite, inner_high, finite * inner_low)))
     return x
 
 

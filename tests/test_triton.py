@@ -1,0 +1,56 @@
+"""The Triton backend: `triton_suite` in a process that interprets kernels, and in one that compiles them for a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("interpreted", [True, pytest.param(False, marks=pytest.mark.gpu)], ids=["interpreter", "gpu"])
+def test_the_suite_passes(interpreted):
+    pytest.importorskip("triton", reason="needs Triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if interpreted else "0", "PYTHONWARNINGS": "ignore"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    plugins = ["-p", "interpreter_rounding"] if interpreted else []
+    if interpreted:
+        environment["CUDA_VISIBLE_DEVICES"] = environment["HIP_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *plugins, str(HERE / "triton_suite.py")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+def test_importing_the_package_imports_no_triton():
+    script = (
+        "import sys, cepo_kernels; cepo_kernels.backend_report(); from cepo_kernels import backends; "
+        "import cepo_kernels as k, torch; k.token_logprobs(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)); "
+        "assert not any(m == 'triton' or m.startswith('triton.') for m in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_without_triton_the_reason_is_one_line(monkeypatch):
+    from cepo_kernels.backends import triton as backend
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setitem(sys.modules, "triton.runtime", None)
+    monkeypatch.setitem(sys.modules, "triton.runtime.interpreter", None)
+    reason = backend.unavailable("cpu")
+    assert reason is not None
+    assert "cepo[gpu]" in reason
+    assert "\n" not in reason
+
+
+def test_what_cannot_run_is_said_in_one_line():
+    pytest.importorskip("triton", reason="needs Triton")
+    from cepo_kernels.backends import triton as backend
+
+    assert "mps" in str(backend.unavailable("mps"))
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        assert "TRITON_INTERPRET=1" in str(backend.unavailable("cpu"))
