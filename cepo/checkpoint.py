@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from cepo.errors import InputError, one_line
 
@@ -127,12 +128,22 @@ def replacing(path: Path, *, fresh: bool = False) -> Iterator[Path]:
         os.rename(temporary, path)
         _flush(path.parent)
     except BaseException as error:
+        reason = _write_failure(error, path.parent)
         with suppress(OSError):
             _remove(temporary)
-        # safetensors reports a full disk in an exception of its own.
-        if isinstance(error, OSError) or "os error" in str(error) or "write" in str(error).lower():
-            raise InputError(f"cannot write {path}: {one_line(error)}; nothing saved before is lost") from error
+        if reason is not None:
+            raise InputError(f"cannot write {path}: {reason}; nothing saved before is lost") from error
         raise
+
+
+def _write_failure(error: BaseException, folder: Path) -> str | None:
+    """Why writing failed, or None if the error is of another kind. torch and safetensors wrap the system's errors."""
+    if isinstance(error, OSError):
+        return error.strerror or one_line(error)
+    if not isinstance(error, SafetensorError) and "inline_container" not in str(error):
+        return None
+    free = shutil.disk_usage(folder).free
+    return "No space left on device" if free < 1 << 20 else f"{one_line(error)} ({free >> 20} MB free)"
 
 
 def _all(run: Path) -> list[Path]:

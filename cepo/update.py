@@ -125,6 +125,7 @@ def look(parts: Parts, batch: Batch, rows: list[int], full: bool, clock: Clock) 
             eps_w=config.credit.eps_w,
             temperature=config.rollout.temperature,
             return_entropy=True,
+            inplace_grad=True,
             backend=config.backend,
             **policy.logit_options,
         )

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_trainer import small
+from tiny import one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cepo import checkpoint, metrics, trainer
@@ -142,14 +146,23 @@ def test_a_damaged_checkpoint_is_refused_and_the_previous_one_offered(
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
-def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FULL = [
+    OSError(28, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4060800 vs 4060692"),
+]
+
+
+@pytest.mark.parametrize("failure", FULL, ids=lambda failure: type(failure).__name__)
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
     run = tmp_path / "run"
     train(run, train={"steps": 1})
 
     def full(*args: Any, **options: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise failure
 
     monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(InputError, match=r"cannot write .*step-000002.*No space left on device") as error:
         train(run, checkpoint.newest(run), train={"steps": 3})
     assert "\n" not in str(error.value)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny import Sums, tiny_policy
+from tiny import Sums, one_thread, tiny_policy  # noqa: F401
 
 from cepo.errors import InputError
 from cepo.policy import response_logits

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import Sums, rollouts_of, tiny_policy
+from tiny import Sums, one_thread, rollouts_of, tiny_policy  # noqa: F401
 
 from cepo import teacher
 from cepo.config import HINT, TeacherConfig

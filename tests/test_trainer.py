@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import one_thread  # noqa: F401
 from torch import Tensor
 
 from cepo import axes, trainer, update
@@ -189,6 +190,12 @@ def test_any_advantage_goes_with_any_credit(advantage: str, credit: str) -> None
     config = small(advantage={"name": advantage}, credit={"name": credit}, rollout={"prompts": 3, "group_size": 4})
     _, records = steps(config, n=1)
     assert records[0]["gradient_norm"] > 0
+
+
+def test_bfloat16_computes_by_autocast_and_keeps_float32_weights() -> None:
+    parts, records = steps(small(policy={"compute_dtype": "bfloat16"}), n=1)
+    assert records[0]["gradient_norm"] > 0
+    assert {value.dtype for value in weights(parts).values()} == {torch.float32}
 
 
 def test_look_reads_the_policy_as_token_logprobs_does() -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from cepo.policy import EMBEDDED, Policy, encode, make_policy, render
 from cepo.rollout import Rollouts
 from cepo.tasks import Problem
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """What `cepo train` does for models of this size: on a busy machine two threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny_policy(seed: int = 0, **changes: Any) -> Policy:
