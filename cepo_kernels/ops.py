@@ -106,9 +106,7 @@ def _forward(
                 eps_w,
                 RowOptions(_part(temperature, rows), logit_scale, logit_softcap, ignore_index),
             ),
-            outputs
-            if rows is None
-            else ForwardOutputs(*(_part(buffer, rows) for buffer in outputs[:-1]), outputs.stats[rows]),
+            outputs if rows is None else _part_of(outputs, rows),
         )
     return outputs
 
@@ -176,6 +174,11 @@ def _part(values: Tensor, rows: slice | None) -> Tensor:
     if rows is None or values.ndim == 0 or values.numel() == 0:
         return values
     return values.reshape(-1)[rows]
+
+
+def _part_of(outputs: ForwardOutputs, rows: slice) -> ForwardOutputs:
+    *values, stats = outputs
+    return ForwardOutputs(*[_part(buffer, rows) for buffer in values], stats=stats[rows])
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
