@@ -178,7 +178,7 @@ def _part(values: Tensor, rows: slice | None) -> Tensor:
 
 def _part_of(outputs: ForwardOutputs, rows: slice) -> ForwardOutputs:
     *values, stats = outputs
-    return ForwardOutputs(*[_part(buffer, rows) for buffer in values], stats=stats[rows])
+    return ForwardOutputs(*[*(_part(buffer, rows) for buffer in values), stats[rows]])
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
