@@ -15,6 +15,7 @@ TABLES = pytest.StashKey[list[dict]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="also write the tables to this JSON file")
+    parser.addoption("--isa", choices=["avx2"], help="hold everyone to AVX2 (with ATEN_CPU_CAPABILITY=avx2)")
     parser.addoption("--rows", type=int, default=512, help="rows N of the measured logits (default: 512)")
 
 

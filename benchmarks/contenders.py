@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 import cepo_kernels
@@ -65,11 +66,16 @@ def trl() -> Contender:
     return run
 
 
-def on_cpu() -> tuple[dict[str, Contender], dict[str, str]]:
-    """The contenders that can run on this machine's CPU, ours first, and why the others cannot."""
-    found: dict[str, Contender] = {"cepo": ours("cpu")} if backends.unavailable("cpu", "cpu") is None else {}
+def on_cpu(isa: str | None) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The contenders that can run on this machine's CPU, ours first, and why the others cannot.
+
+    ``isa`` "avx2" holds us and torch.compile to AVX2; eager PyTorch is held to it by ATEN_CPU_CAPABILITY=avx2 alone.
+    """
+    found: dict[str, Contender] = {"cepo": ours(f"cpu:{isa}" if isa else "cpu")}
     absent: dict[str, str] = {}
-    for name in ("cpu:avx512", "cpu:avx2", "cpu:portable"):
+    if isa == "avx2":
+        torch._inductor.config.cpp.simdlen = 256
+    for name in () if isa else ("cpu:avx512", "cpu:avx2", "cpu:portable"):
         reason = backends.unavailable(name, "cpu")
         if reason is None:
             found[f"cepo {name}"] = ours(name)

@@ -42,7 +42,7 @@ def test_throughput(benchmark, tables: list[dict], request: pytest.FixtureReques
 
     rows = request.config.getoption("--rows")
     inputs = make_inputs(rows, DTYPES[dtype])
-    found, absent = contenders.on_cpu()
+    found, absent = contenders.on_cpu(request.config.getoption("--isa"))
     if gradient:
         found = {name: contenders.with_gradient(contender) for name, contender in found.items()}
     item = inputs[0].element_size()
