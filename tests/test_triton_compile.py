@@ -80,9 +80,9 @@ def test_no_variant_spills(variant, target, tmp_path, record_property):
 
 
 def compiled(variant: Variant, target: Any, folder: Path) -> Resources:
-    from cepo_kernels.backends import triton_rows
+    from cepo_kernels.backends import triton_kernels
 
-    kernel = getattr(triton_rows, f"{variant.kernel}_kernel")
+    kernel = getattr(triton_kernels, f"{variant.kernel}_kernel")
     shape = backend.row_shape(variant.vocabulary, variant.softcap)
     block = shape.block if variant.kernel == "forward" else shape.backward_block
     constant = {"SOFTCAP": variant.softcap, "BLOCK": block, "UNROLL": shape.unroll}

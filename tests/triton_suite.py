@@ -93,6 +93,13 @@ def test_an_offset_changes_nothing(spread, offset):
     check(logits, logits.flip(0), logits.bfloat16(), torch.tensor([0, 5000, int(logits[2].argmax())]), torch.ones(3))
 
 
+@pytest.mark.parametrize("spread", [6.0, 12.0, 30.0])
+def test_a_cap_keeps_the_bound_on_evidence(spread):
+    """cap / T = 50 magnifies what tanh loses; worst where one column has most of the mass."""
+    logits, labels = [rows(6, 900, seed, spread=spread) for seed in (1, 2, 3)], oracle.labels_like((6,), 900, 4)
+    check(*logits, labels, torch.ones(6), logit_softcap=30.0, temperature=0.6)
+
+
 def test_entropy_keeps_its_digits_where_another_column_has_all_the_mass():
     logits = rows(4, 5000, 1, spread=1.0)
     logits[:, 4321] = torch.tensor([20.0, 30.0, 45.0, 60.0])

@@ -1,6 +1,6 @@
 """The Triton backend: one kernel launch a pass, for NVIDIA and AMD GPUs; on CPU tensors in Triton's interpreter.
 
-The kernels are in `triton_rows`, which is imported, and with it Triton, when a call first needs them.
+The kernels are in `triton_kernels`, which is imported, and with it Triton, when a call first needs them.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ def row_shape(vocabulary: int, softcap: bool) -> RowShape:
 
 @functools.cache
 def _kernels() -> Any:
-    from . import triton_rows
+    from . import triton_kernels
 
-    return triton_rows
+    return triton_kernels
 
 
 def _target() -> str:
