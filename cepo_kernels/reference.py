@@ -128,4 +128,4 @@ def _product(probability: Tensor, factor: Tensor) -> Tensor:
 def _row_sum(x: Tensor) -> Tensor:
     """Sums (N,) of rows (N, V), in runs of 256 first: torch deals one long sum out to its threads, and bits with it."""
     padded = F.pad(x, (0, -x.shape[1] % 256))
-    return padded.unflatten(1, (padded.shape[1] // 256, 256)).sum(2).sum(1)
+    return padded.reshape(padded.shape[0], padded.shape[1] // 256, 256).sum(2).sum(1)

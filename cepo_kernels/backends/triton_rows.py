@@ -49,11 +49,11 @@ def _tanh(z):
 
 @triton.jit
 def units(raw, inner_high, inner_low, SOFTCAP: tl.constexpr):
-    """Stored logits, float32, in the units of M. The cap must not hide a +inf."""
+    """Stored logits, float32, in the units of M. The cap must hide neither +inf nor, as a maximum does, NaN."""
     x = raw
     if SOFTCAP:
         finite = tl.maximum(x, LOWEST)  # -inf times a rounding error of 0 would be NaN
-        x = tl.where(x == float("inf"), x, _tanh(tl.fma(finite, inner_high, finite * inner_low)))
+        x = tl.where(x < float("inf"), _tanh(tl.fma(finite, inner_high, finite * inner_low)), x)
     return x
 
 
