@@ -5,11 +5,13 @@
 
 Prints, for each candidate, the accuracy of the untrained model and the share of mixed groups (some rollouts right, some
 wrong) over eight problems with eight rollouts each. train.yaml uses the first candidate with at least 30 % of them.
+With --where, prints only the model's directory.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from cepo import rollout
@@ -17,12 +19,13 @@ from cepo.config import PolicyConfig
 from cepo.policy import load_policy
 from cepo.tasks import get_task
 
-INSTRUCTION = "Reply with the final answer only."
+# No instruction: asked to reply with the number only, this model no longer reckons at all.
+INSTRUCTION = ""
 CANDIDATES: dict[str, dict[str, object]] = {
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+    "products": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
     "letter_counting": {"min_words": 1, "max_words": 2},
     "gcd": {"min_value": 2, "max_value": 20},
-    "leg_counting": {"min_animals": 1, "max_animals": 2, "min_instances": 1, "max_instances": 3},
     "number_sorting": {"min_numbers": 3, "max_numbers": 3},
 }
 WANTED = 0.30
@@ -39,12 +42,15 @@ def model_directory() -> Path:
 
 def main() -> None:
     directory = model_directory()
+    if "--where" in sys.argv[1:]:
+        print(directory)
+        return
     policy = load_policy(PolicyConfig(model=str(directory), gguf_file=next(directory.glob("*.gguf")).name))
     chosen = None
     for name, options in CANDIDATES.items():
         task = get_task(f"reasoning_gym:{name}", instruction=INSTRUCTION, **options)
         problems = [task.train(i, seed=0) for i in range(PROMPTS)]
-        rollouts = rollout.sample(policy, problems, group_size=GROUP, max_new_tokens=24, temperature=1.0, key=(0, 0))
+        rollouts = rollout.sample(policy, problems, group_size=GROUP, max_new_tokens=40, temperature=0.7, key=(0, 0))
         scores = [
             task.score(completion, problem) or 0.0
             for completion, problem in zip(rollouts.completions, rollouts.per_rollout(problems), strict=True)
