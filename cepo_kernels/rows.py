@@ -63,6 +63,29 @@ class BackwardInputs(NamedTuple):
     options: RowOptions
 
 
+class LossInputs(NamedTuple):
+    """Inputs of a backend's fused policy loss. Rows with advantage 0 are idle unless a KL or entropy term acts."""
+
+    forward: ForwardInputs  # its advantages are there
+    old_logprobs: Tensor | None  # (N,) output dtype; None: the policy's own
+    token_weight: Tensor | None  # (N,) output dtype
+    ref_logprobs: Tensor | None  # (N,) output dtype
+    surrogate: str  # "ppo" or "cispo"
+    numbers: tuple[
+        Tensor, Tensor, Tensor, Tensor, Tensor
+    ]  # 0-d: clip_low, clip_high, kl_coef, entropy_coef, denominator
+
+
+class LossOutputs(NamedTuple):
+    """Buffers of N values that a backend's fused loss fills; ``forward.stats`` is empty."""
+
+    forward: ForwardOutputs
+    losses: Tensor  # not divided by the denominator
+    ratio: Tensor
+    clipped: Tensor  # bool
+    gradient: Tensor | None  # (O, I, V) of the policy's dtype, divided by the denominator; None: none wanted
+
+
 def row_values(value: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
     """One value per row: ``value`` (0-d, or broadcastable dimension by dimension) as a contiguous (N,) of ``dtype``."""
     if value is None:

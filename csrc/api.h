@@ -45,10 +45,25 @@ struct Backward {
     Options options;
 };
 
+// The policy's loss and, where `gradient` is there, its derivative in the policy's logits, which may be the policy's
+// memory. A row whose advantage is 0 is not read and gets zeros unless a KL or entropy term acts on it.
+struct PolicyLoss {
+    Forward forward;
+    Logits gradient;  // of the policy's dtype
+    bool cispo = false;
+    double clip_low = 0.0, clip_high = 0.0, kl_coef = 0.0, entropy_coef = 0.0;
+    double denominator = 1.0;  // of the gradient; losses are not divided by it
+    const float *old_logprobs = nullptr, *token_weight = nullptr, *ref_logprobs = nullptr;  // (N,) or null
+    // (N,) each.
+    float *losses = nullptr, *ratio = nullptr;
+    bool* clipped = nullptr;
+};
+
 // One instruction set's kernels, over rows [begin, end).
 struct Kernels {
     void (*forward)(const Forward&, int64_t begin, int64_t end);
     void (*backward)(const Backward&, int64_t begin, int64_t end);
+    void (*policy_loss)(const PolicyLoss&, int64_t begin, int64_t end);
     float (*sum)(const float* data, int64_t size);  // a plain read, for benchmarks
 };
 

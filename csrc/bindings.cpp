@@ -3,11 +3,8 @@
 
 #include <string>
 
-#include "cpu/api.h"
+#include "api.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -77,29 +74,62 @@ cepo::Options options(const py::tuple& t) {
             t[4].cast<int64_t>()};
 }
 
-// False, and nothing computed, if a label is neither ignored nor a column.
-bool forward(const std::string& isa, int threads, int64_t rows, int64_t inner, int64_t vocabulary,
-             const py::tuple& policy, const py::tuple& positive, const py::tuple& negative, uintptr_t labels,
-             uintptr_t advantages, uintptr_t negative_mask, double lam, double eps_w, const py::tuple& opts,
-             const py::tuple& out) {
+// (policy, positive, negative, labels, advantages, negative_mask, lam, eps_w, options, outputs), addresses for tensors.
+cepo::Forward forward_of(int64_t inner, int64_t vocabulary, const py::tuple& t) {
     cepo::Forward f;
-    f.policy = logits(policy), f.positive = logits(positive), f.negative = logits(negative);
+    f.policy = logits(t[0]), f.positive = logits(t[1]), f.negative = logits(t[2]);
     f.inner = inner, f.vocabulary = vocabulary;
-    f.labels = at<const int64_t>(labels);
-    f.advantages = at<const float>(advantages);
-    f.negative_mask = at<const bool>(negative_mask);
-    f.lam = lam, f.eps_w = eps_w;
-    f.options = options(opts);
+    f.labels = at<const int64_t>(t[3].cast<uintptr_t>());
+    f.advantages = at<const float>(t[4].cast<uintptr_t>());
+    f.negative_mask = at<const bool>(t[5].cast<uintptr_t>());
+    f.lam = t[6].cast<double>(), f.eps_w = t[7].cast<double>();
+    f.options = options(t[8]);
+    const py::tuple out = t[9];
     float** const buffers[] = {&f.logprobs, &f.positive_logprobs, &f.negative_logprobs, &f.evidence,
                                &f.weight,   &f.advantages_out,    &f.entropy,           &f.stats};
     for (size_t i = 0; i < 8; ++i) *buffers[i] = at<float>(out[i].cast<uintptr_t>());
-    const cepo::Kernels chosen = kernels(isa);
-    py::gil_scoped_release release;
+    return f;
+}
+
+bool labels_are_good(const cepo::Forward& f, int64_t rows) {
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t label = f.labels[row];
-        if (label != f.options.ignore_index && (label < 0 || label >= vocabulary)) return false;
+        if (label != f.options.ignore_index && (label < 0 || label >= f.vocabulary)) return false;
     }
+    return true;
+}
+
+// False, and nothing computed, if a label is neither ignored nor a column.
+bool forward(const std::string& isa, int threads, int64_t rows, int64_t inner, int64_t vocabulary,
+             const py::tuple& call) {
+    const cepo::Forward f = forward_of(inner, vocabulary, call);
+    const cepo::Kernels chosen = kernels(isa);
+    py::gil_scoped_release release;
+    if (!labels_are_good(f, rows)) return false;
     over_rows(rows, vocabulary, threads, [&](int64_t begin, int64_t end) { chosen.forward(f, begin, end); });
+    return true;
+}
+
+// The same for a policy's loss; options are (cispo, clip_low, clip_high, kl_coef, entropy_coef, denominator), rows
+// (old_logprobs, token_weight, ref_logprobs), out (losses, ratio, clipped).
+bool policy_loss(const std::string& isa, int threads, int64_t rows, int64_t inner, int64_t vocabulary,
+                 const py::tuple& call, const py::tuple& gradient, const py::tuple& opts, const py::tuple& row_values,
+                 const py::tuple& out, int64_t fresh_bytes) {
+    cepo::PolicyLoss l;
+    l.forward = forward_of(inner, vocabulary, call);
+    l.gradient = logits(gradient);
+    l.cispo = opts[0].cast<bool>();
+    double* const numbers[] = {&l.clip_low, &l.clip_high, &l.kl_coef, &l.entropy_coef, &l.denominator};
+    for (size_t i = 0; i < 5; ++i) *numbers[i] = opts[i + 1].cast<double>();
+    const float** const values[] = {&l.old_logprobs, &l.token_weight, &l.ref_logprobs};
+    for (size_t i = 0; i < 3; ++i) *values[i] = at<const float>(row_values[i].cast<uintptr_t>());
+    l.losses = at<float>(out[0].cast<uintptr_t>()), l.ratio = at<float>(out[1].cast<uintptr_t>());
+    l.clipped = at<bool>(out[2].cast<uintptr_t>());
+    const cepo::Kernels chosen = kernels(isa);
+    py::gil_scoped_release release;
+    if (!labels_are_good(l.forward, rows)) return false;
+    if (fresh_bytes > 0) advise_huge_pages(l.gradient.data, fresh_bytes);
+    over_rows(rows, vocabulary, threads, [&](int64_t begin, int64_t end) { chosen.policy_loss(l, begin, end); });
     return true;
 }
 
@@ -141,6 +171,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("supported", &supported);
     m.def("forward", &forward);
     m.def("backward", &backward);
+    m.def("policy_loss", &policy_loss);
     m.def("plain_read", &plain_read);
 #ifdef _OPENMP
     m.attr("openmp") = true;

@@ -92,6 +92,44 @@ CEPO_HD Credit credit(double evidence, double advantage, double lam, double eps_
     return {evidence, weight, advantage * ((1.0 - lam) + lam * weight)};
 }
 
+// The policy loss of one token and its derivatives in log p and in the entropy, of which the row's gradient is made.
+struct LossTerm {
+    double loss, ratio;
+    bool clipped;
+    double g, h;
+};
+struct LossOptions {
+    bool cispo;
+    double clip_low, clip_high, kl_coef, entropy_coef;
+};
+// `logprob` as the caller will see it, in float32, so that an `old` of the same bits makes the ratio exactly 1.
+// PPO: -w min(r A, clip(r) A). CISPO: -w sg(clip(r)) A log p. Added: kl_coef k3(ref) - entropy_coef H, where
+// k3 = e^d - 1 - d, d = ref - log p, without w. Both clip r to [1 - clip_low, 1 + clip_high].
+CEPO_HD LossTerm loss_term(float logprob, double entropy, double advantage, double old, double weight, double ref,
+                           const LossOptions& o) {
+    const double lp = logprob, ratio = lp == old ? 1.0 : exp(lp - old);
+    const double low = 1.0 - o.clip_low, high = 1.0 + o.clip_high;
+    const bool below = ratio < low && (o.cispo || advantage < 0.0);
+    const bool above = ratio > high && (o.cispo || advantage > 0.0);
+    const double used = below ? low : above ? high : ratio;
+    LossTerm out{0.0, static_cast<float>(ratio), below || above, 0.0, 0.0};
+    if (advantage != 0.0) {
+        const double pull = -weight * used * advantage;
+        out.loss = o.cispo ? pull * lp : pull;
+        out.g = out.clipped && !o.cispo ? 0.0 : pull;
+    }
+    if (o.kl_coef != 0.0) {
+        const double d = lp == ref ? 0.0 : ref - lp, e = expm1(d);
+        out.loss += o.kl_coef * (e - d);
+        out.g -= o.kl_coef * e;
+    }
+    if (o.entropy_coef != 0.0) {
+        out.loss -= o.entropy_coef * entropy;
+        out.h = -o.entropy_coef;
+    }
+    return out;
+}
+
 // The gradient of g log p + h H in column j != y is 2^t (a + b t); in the label's column it is `label`. All three
 // already carry dx'/dx where that is the same for every column.
 struct Slopes {

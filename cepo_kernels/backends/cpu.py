@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_label_range
-from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, RowOptions
+from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions
 
 _cpu: ModuleType | None
 try:
@@ -43,40 +43,40 @@ class Variant:
 
     def forward(self, inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
         assert _cpu is not None
-        outer, inner, vocabulary = inputs.policy.shape
-        row_temperature, options = _options(inputs.options)
-        labels_are_good = _cpu.forward(
-            self.isa,
-            torch.get_num_threads(),
-            outer * inner,
-            inner,
-            vocabulary,
-            _logits(inputs.policy),
-            _logits(inputs.positive),
-            _logits(inputs.negative),
-            inputs.labels.data_ptr(),
-            _address(inputs.advantages),
-            _address(inputs.negative_mask),
-            float(inputs.lam),
-            float(inputs.eps_w),
-            options,
-            tuple(buffer.data_ptr() if buffer.numel() else 0 for buffer in outputs),
-        )
+        row_temperature, call = _call(inputs, outputs)
+        labels_are_good = _cpu.forward(self.isa, torch.get_num_threads(), *_shape(inputs.policy), call)
         del row_temperature
         if not labels_are_good:  # then nothing was computed
-            check_label_range(inputs.labels, vocabulary, inputs.options.ignore_index)
+            check_label_range(inputs.labels, inputs.policy.shape[-1], inputs.options.ignore_index)
+
+    def policy_loss(self, inputs: LossInputs, outputs: LossOutputs) -> None:
+        assert _cpu is not None
+        row_temperature, call = _call(inputs.forward, outputs.forward)
+        policy, gradient = inputs.forward.policy, outputs.gradient
+        fresh = gradient is not None and gradient.data_ptr() != policy.data_ptr() and gradient.is_contiguous()
+        labels_are_good = _cpu.policy_loss(
+            self.isa,
+            torch.get_num_threads(),
+            *_shape(policy),
+            call,
+            _logits(gradient),
+            (inputs.surrogate == "cispo", *map(float, inputs.numbers)),
+            (_address(inputs.old_logprobs), _address(inputs.token_weight), _address(inputs.ref_logprobs)),
+            (outputs.losses.data_ptr(), outputs.ratio.data_ptr(), outputs.clipped.data_ptr()),
+            gradient.nbytes if fresh and gradient is not None else 0,
+        )
+        del row_temperature
+        if not labels_are_good:
+            check_label_range(inputs.forward.labels, policy.shape[-1], inputs.forward.options.ignore_index)
 
     def backward(self, inputs: BackwardInputs) -> None:
         assert _cpu is not None
-        outer, inner, vocabulary = inputs.policy.shape
         row_temperature, options = _options(inputs.options)
         fresh = inputs.gradient.data_ptr() != inputs.policy.data_ptr() and inputs.gradient.is_contiguous()
         _cpu.backward(
             self.isa,
             torch.get_num_threads(),
-            outer * inner,
-            inner,
-            vocabulary,
+            *_shape(inputs.policy),
             _logits(inputs.gradient),
             _logits(inputs.policy),
             inputs.labels.data_ptr(),
@@ -97,6 +97,28 @@ def plain_read(data: Tensor, isa: str = "avx2") -> float:
         raise RuntimeError(_missing)
     isa = isa if _cpu.supported(isa) else "portable"
     return float(_cpu.plain_read(isa, torch.get_num_threads(), data.data_ptr(), data.numel()))
+
+
+def _shape(logits: Tensor) -> tuple[int, int, int]:
+    outer, inner, vocabulary = logits.shape
+    return outer * inner, inner, vocabulary
+
+
+def _call(inputs: ForwardInputs, outputs: ForwardOutputs) -> tuple[Tensor | None, tuple[Any, ...]]:
+    """The tensor that must outlive the call, and a forward's tensors and options as the kernel reads them."""
+    row_temperature, options = _options(inputs.options)
+    return row_temperature, (
+        _logits(inputs.policy),
+        _logits(inputs.positive),
+        _logits(inputs.negative),
+        inputs.labels.data_ptr(),
+        _address(inputs.advantages),
+        _address(inputs.negative_mask),
+        float(inputs.lam),
+        float(inputs.eps_w),
+        options,
+        tuple(_address(buffer) for buffer in outputs),
+    )
 
 
 def _logits(tensor: Tensor | None) -> tuple[int, int, int, int]:
@@ -124,3 +146,4 @@ def _options(options: RowOptions) -> tuple[Tensor | None, tuple[Any, ...]]:
 
 _best = Variant()
 unavailable, forward, backward = _best.unavailable, _best.forward, _best.backward
+policy_loss = _best.policy_loss

@@ -10,22 +10,50 @@ inline void put(float* out, int64_t row, double value) {
     if (out) out[row] = static_cast<float>(value);
 }
 
-void forward_rows(const Forward& f, int64_t begin, int64_t end) {
+// The policy's scan and what the row's credit makes of it; every output of `f` but the policy's stays as it was where
+// it is null.
+struct ScoredRow {
+    RowResult policy;
+    double advantage;
+};
+ScoredRow score_row(const Forward& f, int64_t row, const Transform& transform, bool with_entropy) {
+    const int64_t label = f.labels[row];
+    const auto scan_of = [&](const Logits& logits, bool entropy) {
+        return scan(logits, f.inner, row, f.vocabulary, label, transform, entropy);
+    };
+    const bool has_negative = f.negative.data && (!f.negative_mask || f.negative_mask[row]);
+    double negative = has_negative ? scan_of(f.negative, false).scalars.logprob : 0.0;
+    const double positive = f.positive.data ? scan_of(f.positive, false).scalars.logprob : 0.0;
+    // The policy comes last: a gradient written right after finds its row in the cache.
+    ScoredRow out{scan_of(f.policy, with_entropy), f.advantages ? f.advantages[row] : 0.0};
+    if (!has_negative) negative = out.policy.scalars.logprob;
+    put(f.logprobs, row, out.policy.scalars.logprob);
+    put(f.negative_logprobs, row, negative);
+    if (f.positive.data) {
+        const Credit earned = credit(evidence(positive, negative), out.advantage, f.lam, f.eps_w);
+        put(f.positive_logprobs, row, positive);
+        put(f.evidence, row, earned.evidence);
+        put(f.weight, row, earned.weight);
+        out.advantage = earned.advantage;
+    }
+    put(f.advantages_out, row, out.advantage);
+    put(f.entropy, row, out.policy.scalars.entropy);
+    return out;
+}
+
+void zero_row(const Forward& f, int64_t row) {
     float* const all[] = {f.logprobs, f.positive_logprobs, f.negative_logprobs, f.evidence, f.weight, f.advantages_out,
                           f.entropy};
+    for (float* out : all) put(out, row, 0.0);
+}
+
+void forward_rows(const Forward& f, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-        const int64_t label = f.labels[row];
-        if (label == f.options.ignore_index) {
-            for (float* out : all) put(out, row, 0.0);
+        if (f.labels[row] == f.options.ignore_index) {
+            zero_row(f, row);
             continue;
         }
-        const Transform transform(f.options, row);
-        const auto logprob_of = [&](const Logits& logits) {
-            return scan(logits, f.inner, row, f.vocabulary, label, transform, false).scalars.logprob;
-        };
-        const RowResult policy = scan(f.policy, f.inner, row, f.vocabulary, label, transform, f.entropy != nullptr);
-        put(f.logprobs, row, policy.scalars.logprob);
-        put(f.entropy, row, policy.scalars.entropy);
+        const RowResult policy = score_row(f, row, Transform(f.options, row), f.entropy != nullptr).policy;
         if (f.stats) {
             float* stats = f.stats + row * kStats;
             stats[0] = static_cast<float>(policy.sum.c);
@@ -33,19 +61,6 @@ void forward_rows(const Forward& f, int64_t begin, int64_t end) {
             stats[2] = static_cast<float>(policy.scalars.complement);
             stats[3] = 0.0f;
         }
-        double negative = policy.scalars.logprob;
-        if (f.negative.data && (!f.negative_mask || f.negative_mask[row])) negative = logprob_of(f.negative);
-        put(f.negative_logprobs, row, negative);
-        double advantage = f.advantages ? f.advantages[row] : 0.0;
-        if (f.positive.data) {
-            const double positive = logprob_of(f.positive);
-            const Credit earned = credit(evidence(positive, negative), advantage, f.lam, f.eps_w);
-            put(f.positive_logprobs, row, positive);
-            put(f.evidence, row, earned.evidence);
-            put(f.weight, row, earned.weight);
-            advantage = earned.advantage;
-        }
-        put(f.advantages_out, row, advantage);
     }
 }
 
@@ -77,6 +92,54 @@ void backward_rows(const Backward& w, int64_t begin, int64_t end) {
                 break;
             default:
                 backward_row<Half>(w, row);
+        }
+    }
+}
+
+template <class T>
+void policy_loss_row(const PolicyLoss& l, int64_t row) {
+    const Forward& f = l.forward;
+    T* const out = l.gradient.data ? const_cast<T*>(row_start<T>(l.gradient, f.inner, row)) : nullptr;
+    const bool idle = f.advantages[row] == 0.0f && l.kl_coef == 0.0 && l.entropy_coef == 0.0;
+    if (idle || f.labels[row] == f.options.ignore_index) {
+        zero_row(f, row);
+        l.losses[row] = l.ratio[row] = 0.0f;
+        l.clipped[row] = false;
+        if (out) memset(out, 0, f.vocabulary * sizeof(T));
+        return;
+    }
+    const Transform transform(f.options, row);
+    const ScoredRow scored = score_row(f, row, transform, f.entropy || l.entropy_coef != 0.0);
+    const RowScalars& at = scored.policy.scalars;
+    const float logprob = static_cast<float>(at.logprob);
+    const LossTerm term =
+        loss_term(logprob, at.entropy, scored.advantage, l.old_logprobs ? l.old_logprobs[row] : logprob,
+                  l.token_weight ? l.token_weight[row] : 1.0, l.ref_logprobs ? l.ref_logprobs[row] : logprob,
+                  {l.cispo, l.clip_low, l.clip_high, l.kl_coef, l.entropy_coef});
+    put(l.losses, row, term.loss);
+    put(l.ratio, row, term.ratio);
+    l.clipped[row] = term.clipped;
+    if (!out) return;
+    const double g = term.g / l.denominator, h = term.h / l.denominator;
+    if (g == 0.0 && h == 0.0) {
+        memset(out, 0, f.vocabulary * sizeof(T));
+    } else {
+        write_gradient(row_start<T>(f.policy, f.inner, row), out, f.vocabulary, f.labels[row], transform, scored.policy,
+                       g, h);
+    }
+}
+
+void policy_loss_rows(const PolicyLoss& l, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        switch (l.forward.policy.dtype) {
+            case Dtype::kFloat32:
+                policy_loss_row<float>(l, row);
+                break;
+            case Dtype::kBFloat16:
+                policy_loss_row<BFloat16>(l, row);
+                break;
+            default:
+                policy_loss_row<Half>(l, row);
         }
     }
 }

@@ -4,5 +4,5 @@
 #include "rows.h"
 
 namespace cepo {
-Kernels avx2_kernels() { return {avx2::forward_rows, avx2::backward_rows, avx2::sum_of}; }
+Kernels avx2_kernels() { return {avx2::forward_rows, avx2::backward_rows, avx2::policy_loss_rows, avx2::sum_of}; }
 }  // namespace cepo

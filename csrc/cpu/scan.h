@@ -10,8 +10,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../api.h"
 #include "../rowmath.h"
-#include "api.h"
 #include "types.h"
 
 namespace cepo {
