@@ -143,4 +143,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Ten
 ops.library.impl("policy_loss", _policy_loss, "CompositeExplicitAutograd")
 ops.library.impl("policy_loss_", _policy_loss_in_place, "CompositeExplicitAutograd")
 torch.library.register_fake("cepo_kernels::policy_loss", _fake, lib=ops.library)
+torch.library.register_fake(
+    "cepo_kernels::policy_loss_", lambda policy, *rest: _fake(policy, *rest[:-1], False, rest[-1]), lib=ops.library
+)
 torch.library.register_autograd("cepo_kernels::policy_loss", _backward, setup_context=_save, lib=ops.library)
