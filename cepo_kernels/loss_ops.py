@@ -93,12 +93,17 @@ def _fake(policy: Tensor, positive: Tensor | None, negative: Tensor | None, labe
     return _returned(outputs.losses.new_empty(()), outputs, policy)
 
 
-def _rescaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+def _rescaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     """The gradient times what came from above, in place; nothing is done at 1, and no device is waited for."""
-    if upstream.device.type != "cpu":
+    if upstream.device.type == "cpu":
+        if (factor := float(upstream)) != 1.0:
+            gradient.mul_(factor)
+        return gradient
+    rescale = getattr(backends.choose(backend, gradient.device.type, upstream.dtype), "rescale", None)
+    if rescale is not None and gradient.is_contiguous():
+        rescale(gradient, upstream)
+    else:
         gradient.mul_(upstream)
-    elif (factor := float(upstream)) != 1.0:
-        gradient.mul_(factor)
     return gradient
 
 
@@ -108,6 +113,7 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, policy: Tensor, in_place: bool, *arguments: Any) -> tuple[Tensor, ...]:
         *rest, backend = arguments
+        ctx.backend = backend
         detached = policy.detach()
         if in_place:
             output = policy_loss_(detached, *rest, backend)
@@ -127,7 +133,7 @@ class Fused(torch.autograd.Function):
         if ctx.gradient is None:
             raise RuntimeError("contrastive_policy_loss: the first backward took the gradient; compute the loss again")
         gradient, ctx.gradient = ctx.gradient, None
-        return None if upstream is None else _rescaled(gradient, upstream), *(None,) * 23
+        return None if upstream is None else _rescaled(gradient, upstream, ctx.backend), *(None,) * 23
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
