@@ -254,7 +254,7 @@ def test_auto_never_interprets():
 @pytest.mark.parametrize("factor", [1.0, -3.0, 65536.0, NAN])
 def test_rescaling_is_a_product_and_at_one_nothing(dtype, factor):
     gradient = rows(3, 5001, 1, dtype)
-    want = gradient * torch.tensor(factor, dtype=dtype)
+    want = (gradient.float() * factor).to(dtype)
     gradient = gradient.to(DEVICE)
     backend.rescale(gradient, torch.tensor(factor, device=DEVICE))
     gradient = gradient.cpu()
