@@ -110,7 +110,7 @@ inline const uint64_t* exchange(uint32_t mask, uint64_t value, Site site) {
         if ((mask >> i & 1) == 0) continue;
         for (unsigned j = 0; j < lanes.size(); j++) lanes[i].others[j] = lanes[j].value;
         lanes[i].operation = nullptr;
-        m.fibers[fiber.block->rank * m.threads + fiber.thread - mine + i].waits_for = nullptr;
+        m.wake(size_t{fiber.block->rank} * m.threads + fiber.thread - mine + i);
     }
     m.yield();
     return lanes[mine].others;
