@@ -25,7 +25,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __noinline__ noinline  // as in __attribute__((__noinline__)), which the standard library says
+#define __noinline__ __attribute__((noinline))  // after the standard library, whose attributes name it
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
