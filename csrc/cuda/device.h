@@ -44,6 +44,54 @@ __device__ __forceinline__ void store16(void* p, uint4 v) {
                  : "memory");
 }
 
+// One element from or to global memory.
+template <class T>
+__device__ __forceinline__ T load(const T* p) {
+    return *p;
+}
+template <class T>
+__device__ __forceinline__ void store(T* p, T value) {
+    *p = value;
+}
+
+// The block's dynamic shared memory, 128-byte aligned; kernels keep nothing in shared memory but there.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+    extern __shared__ __align__(128) unsigned char cepo_dynamic_shared[];
+    return cepo_dynamic_shared;
+}
+
+// Queues a kernel of one-dimensional blocks in clusters of `cluster` blocks, of which `grid` is a multiple. Above 1,
+// the kernel itself must say nothing of its cluster.
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), unsigned grid, unsigned block, unsigned cluster, size_t shared_bytes,
+                   cudaStream_t stream, A... args) {
+    const void* entry = reinterpret_cast<const void*>(kernel);
+    cudaError_t error = cudaSuccess;
+    if (shared_bytes > 48 * 1024) {
+        error =
+            cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    }
+    if (error == cudaSuccess && cluster > 8) {
+        error = cudaFuncSetAttribute(entry, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    }
+    if (error == cudaSuccess) {
+        cudaLaunchAttribute attribute = {};
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = cluster;
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3(grid);
+        config.blockDim = dim3(block);
+        config.dynamicSmemBytes = shared_bytes;
+        config.stream = stream;
+        config.attrs = &attribute;
+        config.numAttrs = cluster > 1 ? 1 : 0;
+        error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
+    }
+    if (error != cudaSuccess) cudaGetLastError();  // reported here, so that nobody later finds it
+    return error;
+}
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
