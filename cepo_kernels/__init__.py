@@ -2,6 +2,7 @@
 
 from .contrastive import ContrastiveLogprobs, contrastive_logprobs
 from .credit import contrastive_credit
+from .linear import linear_contrastive_logprobs, linear_contrastive_policy_loss, linear_token_logprobs
 from .policy_loss import PolicyLoss, contrastive_policy_loss
 from .reference import Credit
 from .report import BackendReport, backend_report
@@ -17,5 +18,8 @@ __all__ = [
     "contrastive_credit",
     "contrastive_logprobs",
     "contrastive_policy_loss",
+    "linear_contrastive_logprobs",
+    "linear_contrastive_policy_loss",
+    "linear_token_logprobs",
     "token_logprobs",
 ]

@@ -82,6 +82,49 @@ def scalar(name: str, value: float | Tensor) -> Tensor:
     return torch.full((), value, dtype=torch.float64)
 
 
+def row_options(
+    labels: Tensor, temperature: float | Tensor, logit_scale: float | Tensor, logit_softcap: float | Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Temperature (0-d or one per row), scale and cap as tensors."""
+    if isinstance(temperature, Tensor):
+        check_row_values("temperature", temperature, labels)
+        temperature = temperature.detach()
+    else:
+        temperature = scalar("temperature", temperature)
+    cap = None if logit_softcap is None else scalar("logit_softcap", logit_softcap)
+    return temperature, scalar("logit_scale", logit_scale), cap
+
+
+def check_hidden(name: str, hidden: Tensor, labels: Tensor, weight: Tensor) -> None:
+    """``hidden`` must be (*labels.shape, H) for a head (V, H), and share its device."""
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(hidden).__name__}")
+    if hidden.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {hidden.dtype}")
+    expected = (*labels.shape, weight.shape[1])
+    if tuple(hidden.shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected}, of the labels and the head, got {tuple(hidden.shape)}")
+    _same_device(name, hidden, labels)
+
+
+def check_head(weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
+    """A head is (V, H), floating, on the labels' device; its bias (V,)."""
+    for name, tensor, dimensions in (("lm_head_weight", weight, 2), ("lm_head_bias", bias, 1)):
+        if tensor is None and name == "lm_head_bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in LOGITS_DTYPES:
+            raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {tensor.dtype}")
+        if tensor.ndim != dimensions or tensor.numel() == 0:
+            hint = "; under ZeRO-3 gather it first" if tensor.numel() == 0 else ""
+            shape = "(V, H)" if dimensions == 2 else "(V,)"
+            raise ValueError(f"{name}: expected shape {shape}, not empty, got {tuple(tensor.shape)}{hint}")
+        _same_device(name, tensor, labels)
+    if bias is not None and bias.shape[0] != weight.shape[0]:
+        raise ValueError(f"lm_head_bias: expected shape ({weight.shape[0]},) as the head has, got {tuple(bias.shape)}")
+
+
 def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
     """Every label is ``ignore_index`` or a column. For CPU backends: elsewhere it would stall the queue."""
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))

@@ -117,11 +117,6 @@ def run_rows(
     backend: str,
 ) -> ForwardOutputs:
     """The op behind `contrastive_logprobs` and `token_logprobs`, its number arguments turned into 0-d tensors."""
-    if isinstance(temperature, Tensor):
-        checks.check_row_values("temperature", temperature, labels)
-        temperature = temperature.detach()
-    else:
-        temperature = checks.scalar("temperature", temperature)
     arguments = (
         policy_logits,
         None if positive_logits is None else positive_logits.detach(),
@@ -131,9 +126,7 @@ def run_rows(
         negative_mask,
         checks.scalar("lam", lam),
         checks.scalar("eps_w", eps_w),
-        temperature,
-        checks.scalar("logit_scale", logit_scale),
-        None if logit_softcap is None else checks.scalar("logit_softcap", logit_softcap),
+        *checks.row_options(labels, temperature, logit_scale, logit_softcap),
         ignore_index,
         return_entropy,
         backend,

@@ -22,7 +22,7 @@ policy_loss = torch.ops.cepo_kernels.policy_loss.default
 policy_loss_ = torch.ops.cepo_kernels.policy_loss_.default
 
 
-def _buffers(
+def loss_buffers(
     policy: Tensor, positive: Tensor | None, negative: Tensor | None, labels: Tensor, advantages: Tensor,
     with_entropy: bool, with_gradient: bool,
 ) -> LossOutputs:  # fmt: skip
@@ -36,7 +36,7 @@ def _buffers(
     )
 
 
-def _returned(loss: Tensor, outputs: LossOutputs, policy: Tensor) -> tuple[Tensor, ...]:
+def returned(loss: Tensor, outputs: LossOutputs, policy: Tensor) -> tuple[Tensor, ...]:
     gradient = policy.new_empty(0) if outputs.gradient is None else outputs.gradient
     return loss, outputs.ratio, outputs.clipped, gradient, *outputs.forward[:-1]
 
@@ -47,7 +47,7 @@ def _run(policy: Tensor, arguments: tuple[Any, ...], in_place: bool, with_gradie
         clip_low, clip_high, kl_coef, entropy_coef, denominator,
         temperature, logit_scale, logit_softcap, ignore_index, surrogate, with_entropy, backend,
     ) = arguments  # fmt: skip
-    outputs = _buffers(policy, positive, negative, labels, advantages, with_entropy, with_gradient and not in_place)
+    outputs = loss_buffers(policy, positive, negative, labels, advantages, with_entropy, with_gradient and not in_place)
     dtype = outputs.losses.dtype
     chosen = backends.choose(backend, policy.device.type, dtype)
     checks.check_values(labels, ignore_index, lam, eps_w, temperature, logit_scale, logit_softcap)
@@ -74,7 +74,7 @@ def _run(policy: Tensor, arguments: tuple[Any, ...], in_place: bool, with_gradie
                 ),
             )  # fmt: skip
     loss = outputs.losses.sum(dtype=torch.float64) / denominator.to(outputs.losses.device, torch.float64)
-    return _returned(loss.to(dtype), outputs, policy)
+    return returned(loss.to(dtype), outputs, policy)
 
 
 def _policy_loss(policy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -89,8 +89,8 @@ def _policy_loss_in_place(policy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 def _fake(policy: Tensor, positive: Tensor | None, negative: Tensor | None, labels: Tensor, advantages: Tensor,
           *rest: Any) -> tuple[Tensor, ...]:  # fmt: skip
     *_, with_entropy, with_gradient, _ = rest
-    outputs = _buffers(policy, positive, negative, labels, advantages, with_entropy, with_gradient)
-    return _returned(outputs.losses.new_empty(()), outputs, policy)
+    outputs = loss_buffers(policy, positive, negative, labels, advantages, with_entropy, with_gradient)
+    return returned(outputs.losses.new_empty(()), outputs, policy)
 
 
 def _rescaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,11 +86,39 @@ def contrastive_policy_loss(
     checks.check_logits("policy_logits", policy_logits, labels)
     checks.check_teacher("positive_logits", positive_logits, policy_logits, labels)
     checks.check_teacher("negative_logits", negative_logits, policy_logits, labels)
+    arguments = loss_arguments(
+        labels, advantages, old_logprobs, surrogate, clip_low, clip_high, token_weight, ref_logprobs, kl_coef,
+        entropy_coef, denominator, negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index,
+        return_entropy,
+    )  # fmt: skip
+    arguments = (detached(positive_logits), detached(negative_logits), labels, *arguments)
+    needs_gradient = torch.is_grad_enabled() and policy_logits.requires_grad
+    if torch.compiler.is_compiling():
+        output = loss_ops.policy_loss(policy_logits, *arguments, needs_gradient, backend)
+    elif needs_gradient:
+        if inplace_grad:
+            teachers = {"positive_logits": positive_logits, "negative_logits": negative_logits}
+            checks.check_in_place(policy_logits, teachers)
+        output = loss_ops.Fused.apply(policy_logits, inplace_grad, *arguments, backend)  # type: ignore[no-untyped-call]
+    else:
+        output = loss_ops.policy_loss(policy_logits, *arguments, False, backend)
+    loss, ratio, clipped, _, *credit = (value if index == 0 else value.detach() for index, value in enumerate(output))
+    return PolicyLoss(loss, credit_of(credit, positive_logits, negative_logits, return_entropy), ratio, clipped)
+
+
+def loss_arguments(
+    labels: Tensor, advantages: Tensor, old_logprobs: Tensor | None, surrogate: str, clip_low: float | Tensor,
+    clip_high: float | Tensor, token_weight: Tensor | None, ref_logprobs: Tensor | None, kl_coef: float | Tensor,
+    entropy_coef: float | Tensor, denominator: float | Tensor | None, negative_mask: Tensor | None,
+    lam: float | Tensor, eps_w: float | Tensor, temperature: float | Tensor, logit_scale: float | Tensor,
+    logit_softcap: float | Tensor | None, ignore_index: int, return_entropy: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The loss ops' arguments from ``advantages`` to ``with_entropy``, checked, detached, numbers as 0-d tensors."""
     checks.check_surrogate(surrogate, SURROGATES)
-    per_row = {"advantages": advantages, "old_logprobs": old_logprobs, "token_weight": token_weight,
-               "ref_logprobs": ref_logprobs}  # fmt: skip
     if advantages is None:
         raise TypeError("advantages: expected a tensor, got None")
+    per_row = {"advantages": advantages, "old_logprobs": old_logprobs, "token_weight": token_weight,
+               "ref_logprobs": ref_logprobs}  # fmt: skip
     for name, value in per_row.items():
         checks.check_row_values(name, value, labels)
     for name in ("old_logprobs", "ref_logprobs"):
@@ -105,44 +133,30 @@ def contrastive_policy_loss(
     has_entropy = isinstance(entropy_coef, Tensor) or entropy_coef != 0
     if denominator is None:
         denominator = (labels != ignore_index).sum().clamp(min=1).double()
-    if isinstance(temperature, Tensor):
-        checks.check_row_values("temperature", temperature, labels)
-    else:
-        temperature = checks.scalar("temperature", temperature)
-    given = (
-        positive_logits, negative_logits, labels, advantages, old_logprobs, token_weight,
-        ref_logprobs if has_kl else None, negative_mask,
-        checks.scalar("lam", lam), checks.scalar("eps_w", eps_w),
-        checks.scalar("clip_low", clip_low), checks.scalar("clip_high", clip_high), checks.scalar("kl_coef", kl_coef),
-        checks.scalar("entropy_coef", entropy_coef), checks.scalar("denominator", denominator),
-        temperature, checks.scalar("logit_scale", logit_scale),
-        None if logit_softcap is None else checks.scalar("logit_softcap", logit_softcap),
-        ignore_index, surrogate, return_entropy or has_entropy,
+    numbers = {"lam": lam, "eps_w": eps_w, "clip_low": clip_low, "clip_high": clip_high, "kl_coef": kl_coef,
+               "entropy_coef": entropy_coef, "denominator": denominator}  # fmt: skip
+    return (
+        advantages.detach(), detached(old_logprobs), detached(token_weight),
+        detached(ref_logprobs) if has_kl else None, negative_mask,
+        *(checks.scalar(name, value) for name, value in numbers.items()),
+        *checks.row_options(labels, temperature, logit_scale, logit_softcap), ignore_index, surrogate,
+        return_entropy or has_entropy,
     )  # fmt: skip
-    arguments = tuple(value.detach() if isinstance(value, Tensor) else value for value in given)
-    needs_gradient = torch.is_grad_enabled() and policy_logits.requires_grad
-    if torch.compiler.is_compiling():
-        output = loss_ops.policy_loss(policy_logits, *arguments, needs_gradient, backend)
-    elif needs_gradient:
-        if inplace_grad:
-            teachers = {"positive_logits": positive_logits, "negative_logits": negative_logits}
-            checks.check_in_place(policy_logits, teachers)
-        output = loss_ops.Fused.apply(policy_logits, inplace_grad, *arguments, backend)  # type: ignore[no-untyped-call]
-    else:
-        output = loss_ops.policy_loss(policy_logits, *arguments, False, backend)
-    loss, ratio, clipped, _, *credit = (value if index == 0 else value.detach() for index, value in enumerate(output))
-    return PolicyLoss(loss, _credit(credit, positive_logits, negative_logits, return_entropy), ratio, clipped)
 
 
-def _credit(
-    values: list[Tensor], positive_logits: Tensor | None, negative_logits: Tensor | None, return_entropy: bool
+def detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def credit_of(
+    values: list[Tensor], positive: Tensor | None, negative: Tensor | None, return_entropy: bool
 ) -> ContrastiveLogprobs:
-    logprobs, positive, negative, evidence, weight, advantages, entropy = values
-    has_evidence = positive_logits is not None
+    logprobs, under_positive, under_negative, evidence, weight, advantages, entropy = values
+    has_evidence = positive is not None
     return ContrastiveLogprobs(
         logprobs,
-        positive if has_evidence else None,
-        logprobs if negative_logits is None else negative,
+        under_positive if has_evidence else None,
+        logprobs if negative is None else under_negative,
         evidence if has_evidence else None,
         weight if has_evidence else None,
         advantages,

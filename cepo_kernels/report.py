@@ -9,7 +9,14 @@ import torch
 
 from . import backends
 
-OPS = ("token_logprobs", "contrastive_logprobs", "contrastive_policy_loss")
+OPS = (
+    "token_logprobs",
+    "contrastive_logprobs",
+    "contrastive_policy_loss",
+    "linear_token_logprobs",
+    "linear_contrastive_logprobs",
+    "linear_contrastive_policy_loss",
+)
 
 
 @dataclass(frozen=True)

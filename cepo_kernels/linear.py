@@ -1,0 +1,192 @@
+"""The ops from hidden states and a head: logits exist for a bounded number of rows at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, linear_ops
+from .contrastive import ContrastiveLogprobs
+from .policy_loss import PolicyLoss, credit_of, detached, loss_arguments
+from .rows import ForwardOutputs
+from .token import TokenLogprobs
+
+
+def linear_token_logprobs(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    lm_head_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float | Tensor = 1.0,
+    logit_softcap: float | Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    backend: str = "auto",
+) -> TokenLogprobs:
+    """`token_logprobs` of ``hidden_states @ lm_head_weight.T + lm_head_bias``, whose logits are never all there.
+
+    Logits are float32, summed in float32 whatever the dtype of the operands. A frozen head: the gradient of the hidden
+    states is made in the forward, and kept. A trainable one: the backward makes the logits again, of the rows whose
+    upstream gradient is not 0. Under autocast hidden states and head are cast as those of a linear layer are.
+
+    Args:
+        hidden_states: (..., H) bfloat16, float16, float32 or float64.
+        lm_head_weight: (V, H). lm_head_bias: (V,) or None.
+        labels, temperature, logit_scale, logit_softcap, ignore_index, return_entropy, backend: as for `token_logprobs`.
+
+    Returns:
+        `TokenLogprobs`, float32 (float64 if an input is), differentiable in hidden states, head and bias.
+
+    Raises:
+        TypeError, ValueError: an argument is malformed; the message says which, what was expected and what came.
+    """
+    outputs = _forward(
+        (hidden_states, None, None), lm_head_weight, lm_head_bias, labels, None, None, 0.0, 0.0,
+        temperature, logit_scale, logit_softcap, ignore_index, return_entropy, backend, ("hidden_states", "", ""),
+    )  # fmt: skip
+    return TokenLogprobs(outputs.logprobs, outputs.entropy if return_entropy else None)
+
+
+def linear_contrastive_logprobs(
+    policy_hidden: Tensor,
+    positive_hidden: Tensor | None,
+    negative_hidden: Tensor | None,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    advantages: Tensor | None = None,
+    *,
+    lm_head_bias: Tensor | None = None,
+    negative_mask: Tensor | None = None,
+    lam: float | Tensor = 0.5,
+    eps_w: float | Tensor = 0.5,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float | Tensor = 1.0,
+    logit_softcap: float | Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    backend: str = "auto",
+) -> ContrastiveLogprobs:
+    """`contrastive_logprobs` of three contexts' hidden states (..., H) under one head, in one matrix product a chunk.
+
+    Args and errors as for `contrastive_logprobs` and `linear_token_logprobs`.
+    """
+    outputs = _forward(
+        (policy_hidden, positive_hidden, negative_hidden), lm_head_weight, lm_head_bias, labels, advantages,
+        negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index, return_entropy, backend,
+    )  # fmt: skip
+    has_evidence = positive_hidden is not None
+    own = outputs.logprobs.detach()
+    return ContrastiveLogprobs(
+        logprobs=outputs.logprobs,
+        positive_logprobs=outputs.positive_logprobs.detach() if has_evidence else None,
+        negative_logprobs=own if negative_hidden is None else outputs.negative_logprobs.detach(),
+        evidence=outputs.evidence.detach() if has_evidence else None,
+        weight=outputs.weight.detach() if has_evidence and advantages is not None else None,
+        advantages=None if advantages is None else outputs.advantages.detach(),
+        entropy=outputs.entropy if return_entropy else None,
+    )
+
+
+def linear_contrastive_policy_loss(
+    policy_hidden: Tensor,
+    positive_hidden: Tensor | None,
+    negative_hidden: Tensor | None,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    lm_head_bias: Tensor | None = None,
+    surrogate: str = "ppo",
+    clip_low: float | Tensor = 0.2,
+    clip_high: float | Tensor = 0.28,
+    token_weight: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float | Tensor = 0.0,
+    entropy_coef: float | Tensor = 0.0,
+    denominator: float | Tensor | None = None,
+    negative_mask: Tensor | None = None,
+    lam: float | Tensor = 0.5,
+    eps_w: float | Tensor = 0.5,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float | Tensor = 1.0,
+    logit_softcap: float | Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    backend: str = "auto",
+) -> PolicyLoss:
+    """`contrastive_policy_loss` from hidden states: loss, and gradients of hidden states, head and bias, in one go.
+
+    The gradients are made with the loss, chunk by chunk, so nothing is computed twice; rows that are ignored, idle or
+    clipped go through no matrix product that they could not change. A frozen head costs no weight gradient.
+
+    Args and errors as for `contrastive_policy_loss` and `linear_token_logprobs`.
+    """
+    contexts = (policy_hidden, positive_hidden, negative_hidden)
+    contexts, weight, bias = _checked(contexts, lm_head_weight, lm_head_bias, labels)
+    arguments = loss_arguments(
+        labels, advantages, old_logprobs, surrogate, clip_low, clip_high, token_weight, ref_logprobs, kl_coef,
+        entropy_coef, denominator, negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index,
+        return_entropy,
+    )  # fmt: skip
+    policy, positive, negative = contexts
+    needs = [_needs(x) for x in (policy, weight, bias)]
+    output = linear_ops.linear_policy_loss(
+        policy, detached(positive), detached(negative), weight, bias, labels, *arguments, needs, backend
+    )
+    loss, ratio, clipped, _, _, _, *credit = output
+    values = [value.detach() for value in credit]
+    return PolicyLoss(loss, credit_of(values, positive, negative, return_entropy), ratio.detach(), clipped)
+
+
+_NAMES = ("policy_hidden", "positive_hidden", "negative_hidden")
+
+
+def _forward(
+    contexts: tuple[Tensor, Tensor | None, Tensor | None], weight: Tensor, bias: Tensor | None, labels: Tensor,
+    advantages: Tensor | None, negative_mask: Tensor | None, lam: float | Tensor, eps_w: float | Tensor,
+    temperature: float | Tensor, logit_scale: float | Tensor, logit_softcap: float | Tensor | None, ignore_index: int,
+    return_entropy: bool, backend: str, names: tuple[str, str, str] = _NAMES,
+) -> ForwardOutputs:  # fmt: skip
+    contexts, weight, bias = _checked(contexts, weight, bias, labels, names)
+    checks.check_row_values("advantages", advantages, labels)
+    checks.check_row_values("negative_mask", negative_mask, labels, boolean=True)
+    policy, positive, negative = contexts
+    frozen = _needs(policy) and not _needs(weight) and not _needs(bias)
+    output = linear_ops.linear_forward(
+        policy, detached(positive), detached(negative), weight, bias, labels, detached(advantages), negative_mask,
+        checks.scalar("lam", lam), checks.scalar("eps_w", eps_w),
+        *checks.row_options(labels, temperature, logit_scale, logit_softcap), ignore_index, return_entropy, frozen,
+        backend,
+    )  # fmt: skip
+    return ForwardOutputs(*output[:8])
+
+
+def _needs(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _checked(
+    contexts: tuple[Tensor, Tensor | None, Tensor | None], weight: Tensor, bias: Tensor | None, labels: Tensor,
+    names: tuple[str, str, str] = _NAMES,
+) -> Any:  # fmt: skip
+    """Contexts, weight and bias, checked, in autocast's dtype where it is on."""
+    checks.check_labels(labels)
+    checks.check_head(weight, bias, labels)
+    for name, hidden in zip(names, contexts, strict=True):
+        if hidden is not None or name in ("hidden_states", "policy_hidden"):
+            checks.check_hidden(name, hidden, labels, weight)  # type: ignore[arg-type]
+    kind = labels.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        contexts = tuple(_cast(x, dtype) for x in contexts)  # type: ignore[assignment]
+        weight, bias = _cast(weight, dtype), _cast(bias, dtype)  # type: ignore[assignment]
+    return contexts, weight, bias
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)

@@ -1,0 +1,360 @@
+"""The ops behind `linear`: a head applied to a bounded number of rows at a time, and the row kernels to what comes out.
+
+The contexts of a chunk go through the head in one product; rows that cannot matter go through none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, ops
+from .linear_products import Gradients, Head, Products
+from .loss_ops import loss_buffers, returned
+from .rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions, row_values
+
+
+def _chosen(mask: Tensor) -> Tensor:
+    """Indices of the rows to work on; all of them while a CUDA graph is captured, which cannot wait for the number."""
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.arange(mask.numel(), device=mask.device)
+    return mask.nonzero().squeeze(1)
+
+
+class Call:
+    """What both forwards share: rows, chunk by chunk, as a backend takes them."""
+
+    def __init__(
+        self, contexts: list[Tensor | None], head: Head, labels: Tensor, advantages: Tensor | None,
+        negative_mask: Tensor | None, lam: Tensor, eps_w: Tensor, options: RowOptions, outputs: ForwardOutputs,
+        backend: str,
+    ) -> None:  # fmt: skip
+        shape, dtype = labels.shape, outputs.logprobs.dtype
+        self.contexts = [None if x is None else x.reshape(-1, x.shape[-1]) for x in contexts]
+        policy = self.contexts[0]
+        assert policy is not None
+        self.policy, self.products = policy, Products(head, policy)
+        self.labels = row_values(labels, shape, torch.int64)
+        self.advantages, self.mask = row_values(advantages, shape, dtype), row_values(negative_mask, shape, torch.bool)
+        self.lam, self.eps_w = lam, eps_w
+        self.options = options._replace(temperature=ops.row_temperature(options.temperature, labels))
+        self.outputs = ForwardOutputs._make([*(x.view(-1) for x in outputs[:-1]), outputs.stats])
+        self.backend = backends.choose(backend, policy.device.type, dtype)
+        if policy.device.type == "cpu":
+            checks.check_label_range(self.labels, head.weight.shape[0], options.ignore_index)
+
+    def chunks(self, chosen: Tensor) -> Iterator[tuple[Tensor, ForwardInputs]]:
+        """Rows and their inputs, logits included."""
+        present = [x for x in self.contexts if x is not None]
+        for rows in chosen.split(self.products.rows(len(present))):
+            logits = iter(self.products.logits(torch.cat([x[rows] for x in present])).split(rows.numel()))
+            views = [None if x is None else next(logits).unsqueeze(0) for x in self.contexts]
+            assert views[0] is not None
+            yield rows, ForwardInputs(
+                views[0], views[1], views[2], self.labels[rows], _of(self.advantages, rows), _of(self.mask, rows),
+                self.lam, self.eps_w, _options(self.options, rows),
+            )  # fmt: skip
+
+    def part(self, count: int) -> ForwardOutputs:
+        """Fresh outputs for a chunk of ``count`` rows."""
+        *values, stats = self.outputs
+        fresh = [x.new_empty(count if x.numel() else 0) for x in values]
+        return ForwardOutputs._make([*fresh, stats.new_zeros((count if stats.numel() else 0, ops.STATS))])
+
+    def scatter(self, rows: Tensor, part: ForwardOutputs) -> None:
+        for whole, values in zip(self.outputs, part, strict=True):
+            if values.numel():
+                whole[rows] = values
+
+
+def _of(values: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if values is None else values[rows]
+
+
+def _options(options: RowOptions, rows: Tensor) -> RowOptions:
+    return options if options.temperature.ndim == 0 else options._replace(temperature=options.temperature[rows])
+
+
+def _zeroed(outputs: ForwardOutputs) -> ForwardOutputs:
+    for buffer in outputs:
+        buffer.zero_()
+    return outputs
+
+
+def _forward(
+    policy: Tensor, positive: Tensor | None, negative: Tensor | None, weight: Tensor, bias: Tensor | None,
+    labels: Tensor, advantages: Tensor | None, negative_mask: Tensor | None, lam: Tensor, eps_w: Tensor,
+    temperature: Tensor, logit_scale: Tensor, logit_softcap: Tensor | None, ignore_index: int,
+    return_entropy: bool, keep: bool, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    checks.check_values(labels, ignore_index, lam, eps_w, temperature, logit_scale, logit_softcap)
+    outputs, *kept = _forward_buffers(
+        policy, positive, negative, weight, bias, labels, advantages, return_entropy, keep, backend
+    )
+    _zeroed(outputs)
+    options = RowOptions(temperature, logit_scale, logit_softcap, ignore_index)
+    call = Call([policy, positive, negative], Head(weight, bias), labels, advantages, negative_mask, lam, eps_w,
+                options, outputs, backend)  # fmt: skip
+    for slopes in kept:
+        slopes.zero_()
+    for rows, inputs in call.chunks(_chosen(call.labels != ignore_index)):
+        part = call.part(rows.numel())
+        call.backend.forward(inputs, part)
+        call.scatter(rows, part)
+        if keep:
+            _keep(call, rows, inputs, part, kept)
+    return (*outputs, *kept)
+
+
+def _keep(call: Call, rows: Tensor, inputs: ForwardInputs, part: ForwardOutputs, kept: list[Tensor]) -> None:
+    """The gradients of log p and, where asked for, of the entropy in the hidden states; the last takes the logits'
+    place."""
+    one = torch.ones_like(part.logprobs)
+    wanted = [(slopes, upstream) for slopes, upstream in zip(kept, ((one, None), (None, one)), strict=True)
+              if slopes.numel()]  # fmt: skip
+    for index, (slopes, (grad_logprobs, grad_entropy)) in enumerate(wanted):
+        into = inputs.policy if index == len(wanted) - 1 else torch.empty_like(inputs.policy)
+        call.backend.backward(
+            BackwardInputs(
+                into, inputs.policy, inputs.labels, grad_logprobs, grad_entropy, part.logprobs, part.entropy,
+                part.stats, inputs.options,
+            )
+        )  # fmt: skip
+        slopes[rows] = call.products.hidden_gradient(into[0]).to(slopes.dtype)
+
+
+def _forward_buffers(
+    policy: Tensor, positive: Tensor | None, negative: Tensor | None, weight: Tensor, bias: Tensor | None,
+    labels: Tensor, advantages: Tensor | None, *flags: Any,
+) -> tuple[ForwardOutputs, Tensor, Tensor]:  # fmt: skip
+    """Outputs; and where the head is frozen the gradients of log p and of the entropy in the hidden states, (N, H)."""
+    return_entropy, keep, _ = flags[-3:]
+    wide = torch.float64 in (policy.dtype, weight.dtype)
+    # Logits have the result's dtype; nothing of their size is needed to say which.
+    like = policy.new_empty(0, dtype=torch.float64 if wide else torch.float32)
+    outputs = ops.forward_buffers(
+        like, None if positive is None else like, None if negative is None else like, labels, advantages,
+        return_entropy, "",
+    )  # fmt: skip
+
+    def slopes(wanted: bool) -> Tensor:
+        return like.new_empty((labels.numel(), weight.shape[1]) if wanted else (0,))
+
+    return outputs, slopes(keep), slopes(keep and return_entropy)
+
+
+def _backward(
+    policy: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None, logprobs: Tensor, entropy: Tensor, stats: Tensor, temperature: Tensor,
+    logit_scale: Tensor, logit_softcap: Tensor | None, ignore_index: int, needs: list[bool], backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The logits again, of the rows whose upstream gradient is not zero, and what follows from theirs."""
+    hidden = policy.reshape(-1, policy.shape[-1])
+    products = Products(Head(weight, bias), hidden)
+    gradients = Gradients(products, hidden, needs)
+    flat = row_values(labels, labels.shape, torch.int64)
+    g, h = (row_values(x, labels.shape, logprobs.dtype) for x in (grad_logprobs, grad_entropy))
+    options = RowOptions(ops.row_temperature(temperature, labels), logit_scale, logit_softcap, ignore_index)
+    chosen = backends.choose(backend, policy.device.type, logprobs.dtype)
+    moved = torch.zeros_like(flat, dtype=torch.bool)
+    for values in (g, h):
+        if values is not None:
+            moved |= values != 0
+    for rows in _chosen((flat != ignore_index) & moved).split(products.rows(1)):
+        logits = products.logits(hidden[rows]).unsqueeze(0)
+        chosen.backward(
+            BackwardInputs(
+                logits, logits, flat[rows], _of(g, rows), _of(h, rows), logprobs.view(-1)[rows],
+                entropy.view(-1)[rows] if entropy.numel() else entropy, stats[rows], _options(options, rows),
+            )
+        )  # fmt: skip
+        gradients.add(rows, logits[0], hidden[rows])
+    grad_hidden, grad_weight, grad_bias = gradients.results()
+    return grad_hidden.view(policy.shape) if needs[0] else grad_hidden, grad_weight, grad_bias
+
+
+def _policy_loss(
+    policy: Tensor, positive: Tensor | None, negative: Tensor | None, weight: Tensor, bias: Tensor | None,
+    labels: Tensor, advantages: Tensor, old_logprobs: Tensor | None, token_weight: Tensor | None,
+    ref_logprobs: Tensor | None, negative_mask: Tensor | None, lam: Tensor, eps_w: Tensor, clip_low: Tensor,
+    clip_high: Tensor, kl_coef: Tensor, entropy_coef: Tensor, denominator: Tensor,
+    temperature: Tensor, logit_scale: Tensor, logit_softcap: Tensor | None, ignore_index: int, surrogate: str,
+    with_entropy: bool, needs: list[bool], backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    checks.check_values(labels, ignore_index, lam, eps_w, temperature, logit_scale, logit_softcap)
+    checks.check_loss_values(clip_low, clip_high, kl_coef, entropy_coef, denominator)
+    outputs = _loss_buffers(policy, positive, negative, weight, labels, advantages, with_entropy)
+    _zeroed(outputs.forward)
+    for buffer in (outputs.losses, outputs.ratio, outputs.clipped):
+        buffer.zero_()
+    options = RowOptions(temperature, logit_scale, logit_softcap, ignore_index)
+    call = Call([policy, positive, negative], Head(weight, bias), labels, advantages, negative_mask, lam, eps_w,
+                options, outputs.forward, backend)  # fmt: skip
+    gradients = Gradients(call.products, call.policy, needs)
+    per_row = [row_values(x, labels.shape, outputs.losses.dtype) for x in (old_logprobs, token_weight, ref_logprobs)]
+    numbers = (clip_low, clip_high, kl_coef, entropy_coef, denominator)
+    assert call.advantages is not None
+    acts = (call.advantages != 0) | (kl_coef != 0).to(labels.device) | (entropy_coef != 0).to(labels.device)
+    for rows, inputs in call.chunks(_chosen((call.labels != ignore_index) & acts)):
+        part = call.part(rows.numel())
+        losses, ratio = torch.empty_like(part.logprobs), torch.empty_like(part.logprobs)
+        clipped = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+        old, weights, ref = (_of(values, rows) for values in per_row)
+        gradient = inputs.policy if any(needs) else None
+        call.backend.policy_loss(
+            LossInputs(inputs, old, weights, ref, surrogate, numbers),
+            LossOutputs(part, losses, ratio, clipped, gradient),
+        )
+        call.scatter(rows, part)
+        for whole, values in ((outputs.losses, losses), (outputs.ratio, ratio), (outputs.clipped, clipped)):
+            whole.view(-1)[rows] = values
+        if gradient is not None:
+            flat = gradient[0]
+            # A clipped row of the PPO surrogate has no gradient unless a KL or entropy term gives it one.
+            if surrogate == "ppo" and _is_zero(kl_coef, entropy_coef):
+                moved = _chosen(~clipped)
+                if moved.numel() < rows.numel():
+                    rows, flat = rows[moved], flat[moved]
+            gradients.add(rows, flat, call.policy[rows])
+    loss = outputs.losses.sum(dtype=torch.float64) / denominator.to(outputs.losses.device, torch.float64)
+    grad_hidden, grad_weight, grad_bias = gradients.results()
+    grad_hidden = grad_hidden.view(policy.shape) if needs[0] else grad_hidden
+    loss, ratio, clipped, _, *of_forward = returned(loss.to(outputs.losses.dtype), outputs, outputs.losses)
+    return loss, ratio, clipped, grad_hidden, grad_weight, grad_bias, *of_forward
+
+
+def _is_zero(*values: Tensor) -> bool:
+    return all(value.device.type == "cpu" and float(value) == 0.0 for value in values)
+
+
+def _loss_buffers(
+    policy: Tensor, positive: Tensor | None, negative: Tensor | None, weight: Tensor, labels: Tensor,
+    advantages: Tensor, with_entropy: bool,
+) -> LossOutputs:  # fmt: skip
+    wide = torch.float64 in (policy.dtype, weight.dtype)
+    like = policy.new_empty(0, dtype=torch.float64 if wide else torch.float32)
+    return loss_buffers(
+        like, None if positive is None else like, None if negative is None else like, labels, advantages,
+        with_entropy, False,
+    )  # fmt: skip
+
+
+_HEAD = "Tensor policy, Tensor? positive, Tensor? negative, Tensor weight, Tensor? bias, Tensor labels"
+_TENSORS = ", ".join(["Tensor"] * 10)
+ops.library.define(
+    f"linear_forward({_HEAD}, Tensor? advantages, Tensor? negative_mask, Tensor lam, Tensor eps_w, {ops.OPTIONS}, "
+    f"bool return_entropy, bool keep, str backend) -> ({_TENSORS})"
+)
+ops.library.define(
+    "linear_grad(Tensor policy, Tensor weight, Tensor? bias, Tensor labels, Tensor? grad_logprobs, "
+    "Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor stats, "
+    f"{ops.OPTIONS}, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)"
+)
+ops.library.define(
+    f"linear_policy_loss({_HEAD}, Tensor advantages, Tensor? old_logprobs, Tensor? token_weight, "
+    "Tensor? ref_logprobs, Tensor? negative_mask, Tensor lam, Tensor eps_w, Tensor clip_low, Tensor clip_high, "
+    f"Tensor kl_coef, Tensor entropy_coef, Tensor denominator, {ops.OPTIONS}, str surrogate, bool with_entropy, "
+    f"bool[] needs, str backend) -> ({_TENSORS}, Tensor, Tensor, Tensor)"
+)
+linear_forward = torch.ops.cepo_kernels.linear_forward.default
+linear_grad = torch.ops.cepo_kernels.linear_grad.default
+linear_policy_loss = torch.ops.cepo_kernels.linear_policy_loss.default
+
+
+def _empty_gradients(
+    policy: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = policy.new_empty(0)
+    return (
+        torch.empty_like(policy, memory_format=torch.contiguous_format) if needs[0] else nothing,
+        weight.new_empty(weight.shape) if needs[1] else nothing,
+        weight.new_empty(0) if bias is None or not needs[2] else bias.new_empty(bias.shape),
+    )
+
+
+def _fake_forward(policy: Tensor, positive: Any, negative: Any, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    outputs, *kept = _forward_buffers(policy, positive, negative, weight, *rest)
+    return (*outputs, *kept)
+
+
+def _fake_policy_loss(
+    policy: Tensor, positive: Any, negative: Any, weight: Tensor, bias: Any, labels: Tensor, advantages: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *_, with_entropy, needs, _ = rest
+    outputs = _loss_buffers(policy, positive, negative, weight, labels, advantages, with_entropy)
+    loss, ratio, clipped, _, *of_forward = returned(outputs.losses.new_empty(()), outputs, outputs.losses)
+    return loss, ratio, clipped, *_empty_gradients(policy, weight, bias, needs), *of_forward
+
+
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    policy, _, _, weight, bias, labels = inputs[:6]
+    *options, ignore_index = inputs[10:14]
+    outputs = ForwardOutputs(*output[:8])
+    ctx.set_materialize_grads(False)
+    ctx.keep, ctx.ignore_index, ctx.backend, ctx.dtype = inputs[15], ignore_index, inputs[-1], policy.dtype
+    if ctx.keep:
+        ctx.save_for_backward(*output[8:])
+    else:
+        ctx.save_for_backward(policy, weight, bias, labels, outputs.logprobs, outputs.entropy, outputs.stats, *options)
+    ctx.shape = policy.shape
+
+
+def _backward_forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    outputs = ForwardOutputs(*grads[:8])  # type: ignore[arg-type]
+    grad_hidden: Tensor | None = None
+    grad_weight: Tensor | None = None
+    grad_bias: Tensor | None = None
+    upstream = (outputs.logprobs, outputs.entropy)
+    if ctx.keep:
+        for slopes, values in zip(ctx.saved_tensors, upstream, strict=True):
+            if values is not None and slopes.numel():
+                # A product with 0 would keep the NaN of a row that nobody asked for.
+                column = values.reshape(-1, 1)
+                term = torch.where(column == 0, 0.0, slopes * column)
+                grad_hidden = term if grad_hidden is None else grad_hidden + term
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.to(ctx.dtype).view(ctx.shape)
+    elif any(values is not None for values in upstream):
+        policy, weight, bias, labels, logprobs, entropy, stats, *options = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
+        found = linear_grad(
+            policy, weight, bias, labels, upstream[0], upstream[1] if entropy.numel() else None, logprobs, entropy,
+            stats, *options, ctx.ignore_index, needs, ctx.backend,
+        )  # fmt: skip
+        grad_hidden, grad_weight, grad_bias = (x if wanted else None for x, wanted in zip(found, needs, strict=True))
+    return grad_hidden, None, None, grad_weight, grad_bias, *(None,) * 12
+
+
+def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.needs = inputs[-2]
+    ctx.save_for_backward(*output[3:6])
+
+
+def _backward_loss(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias = (
+        (gradient * upstream).to(gradient.dtype) if wanted and upstream is not None else None
+        for gradient, wanted in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    )
+    return hidden, None, None, weight, bias, *(None,) * 21
+
+
+for name, implementation in (("forward", _forward), ("grad", _backward), ("policy_loss", _policy_loss)):
+    ops.library.impl(f"linear_{name}", implementation, "CompositeExplicitAutograd")
+torch.library.register_fake("cepo_kernels::linear_forward", _fake_forward, lib=ops.library)
+torch.library.register_fake("cepo_kernels::linear_policy_loss", _fake_policy_loss, lib=ops.library)
+torch.library.register_fake(
+    "cepo_kernels::linear_grad",
+    lambda policy, weight, bias, *rest: _empty_gradients(policy, weight, bias, rest[-2]),
+    lib=ops.library,
+)
+torch.library.register_autograd(
+    "cepo_kernels::linear_forward", _backward_forward, setup_context=_save_forward, lib=ops.library
+)
+torch.library.register_autograd(
+    "cepo_kernels::linear_policy_loss", _backward_loss, setup_context=_save_loss, lib=ops.library
+)

@@ -1,0 +1,107 @@
+"""The matrix products between hidden states and logits.
+
+Logits exist for one chunk of rows only, in float32 (float64 where an input is), never rounded below the accumulation of
+the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOGITS_BYTES = 256 << 20  # of a chunk's logits, all contexts together
+TILE_BYTES = 64 << 20  # of the head's rows that are upcast at a time, where they must be
+
+
+class Head(NamedTuple):
+    """``weight`` (V, H) and ``bias`` (V,) or None, in their own dtypes."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Columns of the vocabulary and their weights in ``dtype``: all at once where nothing has to be converted."""
+        vocabulary, width = self.weight.shape
+        size = vocabulary if self.weight.dtype == dtype else max(1, TILE_BYTES // (width * dtype.itemsize))
+        for first in range(0, vocabulary, size):
+            tile = slice(first, min(first + size, vocabulary))
+            yield tile, self.weight[tile].to(dtype)
+
+
+class Products:
+    """Matrix products with a head: 16-bit operands on a GPU, summed in float32; on a CPU upcast, which is faster."""
+
+    def __init__(self, head: Head, hidden: Tensor) -> None:
+        self.head = head
+        wide = torch.float64 in (hidden.dtype, head.weight.dtype)
+        self.result = torch.float64 if wide else torch.float32
+        native = hidden.is_cuda and hidden.dtype == head.weight.dtype and hidden.dtype.itemsize == 2
+        self.operand = hidden.dtype if native else self.result
+
+    def rows(self, contexts: int) -> int:
+        """Rows of a chunk whose ``contexts`` together fit into LOGITS_BYTES."""
+        return max(16, LOGITS_BYTES // (contexts * self.head.weight.shape[0] * self.result.itemsize))
+
+    def _add(self, into: Tensor, a: Tensor, b: Tensor) -> None:
+        if a.dtype == into.dtype:
+            into.addmm_(a, b)
+        else:
+            into += torch.mm(a, b, out_dtype=into.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(M, V) of ``hidden`` (M, H)."""
+        hidden = hidden.to(self.operand)
+        out = torch.empty((hidden.shape[0], self.head.weight.shape[0]), dtype=self.result, device=hidden.device)
+        for tile, weight in self.head.tiles(self.operand):
+            if hidden.dtype == out.dtype:
+                torch.mm(hidden, weight.t(), out=out[:, tile])
+            else:
+                out[:, tile] = torch.mm(hidden, weight.t(), out_dtype=out.dtype)
+        if self.head.bias is not None:
+            out += self.head.bias
+        return out
+
+    def hidden_gradient(self, logits_gradient: Tensor) -> Tensor:
+        """(M, H) from (M, V)."""
+        shape = (logits_gradient.shape[0], self.head.weight.shape[1])
+        out = torch.zeros(shape, dtype=self.result, device=logits_gradient.device)
+        for tile, weight in self.head.tiles(self.operand):
+            self._add(out, logits_gradient[:, tile].to(self.operand), weight)
+        return out
+
+    def add_weight_gradient(self, into: Tensor, logits_gradient: Tensor, hidden: Tensor) -> None:
+        """``into`` (V, H) grows by the product of (M, V) transposed and (M, H)."""
+        self._add(into, logits_gradient.to(self.operand).t(), hidden.to(self.operand))
+
+
+class Gradients:
+    """The gradients that a call needs, summed in float32 over chunks of rows."""
+
+    def __init__(self, products: Products, hidden: Tensor, needs: list[bool]) -> None:
+        self.products, self.dtype = products, hidden.dtype
+        weight = products.head.weight
+
+        def zeros(shape: torch.Size, wanted: bool, dtype: torch.dtype = products.result) -> Tensor:
+            return torch.zeros(shape if wanted else (0,), dtype=dtype, device=hidden.device)
+
+        self.hidden = zeros(hidden.shape, needs[0], hidden.dtype)
+        self.weight = zeros(weight.shape, needs[1])
+        self.bias = zeros(weight.shape[:1], needs[2])
+        self.needs = needs
+
+    def add(self, rows: Tensor, logits_gradient: Tensor, hidden: Tensor) -> None:
+        """From the gradient (M, V) of the logits of ``rows``, whose hidden states are given."""
+        if self.needs[0]:
+            self.hidden[rows] = self.products.hidden_gradient(logits_gradient).to(self.dtype)
+        if self.needs[1]:
+            self.products.add_weight_gradient(self.weight, logits_gradient, hidden)
+        if self.needs[2]:
+            self.bias += logits_gradient.sum(0)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        head = self.products.head
+        bias = self.bias if head.bias is None else self.bias.to(head.bias.dtype)
+        return self.hidden, self.weight.to(head.weight.dtype), bias

@@ -1,0 +1,312 @@
+"""The ops from hidden states: what the ops from logits give, with no logits of all rows anywhere."""
+
+from __future__ import annotations
+
+import math
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import cepo_kernels
+from cepo_kernels import linear_products
+from cepo_kernels.linear import linear_contrastive_logprobs, linear_contrastive_policy_loss, linear_token_logprobs
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+ROWS, WIDTH, VOCABULARY = 40, 24, 301
+DTYPES = (torch.float64, *oracle.NATIVE)
+# of the largest entry of a gradient, which is itself of the dtype
+BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@pytest.fixture(params=["one chunk", "many chunks"])
+def _chunks(request, monkeypatch):
+    """Small enough that rows, and the head's columns, come in several pieces with a last one of another size."""
+    if request.param == "many chunks":
+        monkeypatch.setattr(linear_products, "LOGITS_BYTES", 0)  # then 16 rows
+        monkeypatch.setattr(linear_products, "TILE_BYTES", 100 * WIDTH * 4)
+
+
+def inputs(dtype=torch.float32, bias=True, shape=(ROWS,)):
+    hidden = [oracle.logits_like((*shape, WIDTH), seed, dtype, 1.0) for seed in (1, 2, 3)]
+    weight = oracle.logits_like((VOCABULARY, WIDTH), 4, dtype, 0.4)
+    labels, advantages = oracle.labels_like(shape, VOCABULARY, 5, 0.2), oracle.logits_like(shape, 6)
+    advantages.view(-1)[::5] = 0.0
+    return hidden, weight, oracle.logits_like((VOCABULARY,), 7, dtype, 1.0) if bias else None, labels, advantages
+
+
+def logits_of(hidden, weight, bias):
+    return F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
+
+
+def gradients(loss_of, hidden, weight, bias, frozen):
+    """Of the policy's hidden states, the head and its bias."""
+    leaves = [hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_(not frozen)]
+    leaves.append(None if bias is None else bias.detach().clone().requires_grad_(not frozen))
+    loss = loss_of(*leaves)
+    loss.backward()
+    return loss.detach(), [None if leaf is None else leaf.grad for leaf in leaves]
+
+
+def compare(got, want, dtype):
+    (loss, found), (expected_loss, expected) = got, want
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5, abs=1e-5)
+    for name, gradient, right in zip(("hidden", "weight", "bias"), found, expected, strict=True):
+        assert (gradient is None) == (right is None), name
+        if gradient is not None:
+            assert gradient.dtype == dtype
+            error = (gradient.double() - right.double()).abs().max() / right.double().abs().max()
+            assert error < BOUND[dtype], f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("_chunks")
+def test_log_probs_and_their_gradients(dtype, frozen, bias):
+    hidden, weight, bias, labels, advantages = inputs(dtype, bias)
+
+    def ours(policy, weight, bias):
+        out = linear_contrastive_logprobs(
+            policy, hidden[1], hidden[2], weight, labels, advantages, lm_head_bias=bias, return_entropy=True
+        )
+        return (out.logprobs * out.advantages).sum() + 0.1 * out.entropy.sum()
+
+    def plain(policy, weight, bias):
+        logits = [logits_of(x, weight, bias) for x in (policy, hidden[1], hidden[2])]
+        out = cepo_kernels.contrastive_logprobs(*logits, labels, advantages.double(), return_entropy=True)
+        return (out.logprobs * out.advantages).sum() + 0.1 * out.entropy.sum()
+
+    compare(gradients(ours, hidden[0], weight, bias, frozen), gradients(plain, hidden[0], weight, bias, frozen), dtype)
+
+
+@pytest.mark.parametrize("surrogate", ["ppo", "cispo"])
+@pytest.mark.parametrize("terms", [(0.0, 0.0), (0.1, 0.02)], ids=["surrogate", "kl and entropy"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("_chunks")
+def test_the_policy_loss_and_its_gradients(dtype, frozen, terms, surrogate):
+    hidden, weight, bias, labels, advantages = inputs(dtype)
+    own = cepo_kernels.token_logprobs(logits_of(hidden[0], weight, bias), labels).logprobs
+    rows = {"old_logprobs": own + oracle.logits_like((ROWS,), 8, spread=0.4), "ref_logprobs": own + 0.2,
+            "token_weight": oracle.logits_like((ROWS,), 9).abs()}  # fmt: skip
+    options = {"surrogate": surrogate, "kl_coef": terms[0], "entropy_coef": terms[1], "temperature": 1.3, **rows}
+
+    def ours(policy, weight, bias):
+        out = linear_contrastive_policy_loss(
+            policy, hidden[1], hidden[2], weight, labels, advantages, lm_head_bias=bias, **options
+        )
+        return out.loss * 3.0
+
+    def plain(policy, weight, bias):
+        logits = [logits_of(x, weight, bias) for x in (policy, hidden[1], hidden[2])]
+        return cepo_kernels.contrastive_policy_loss(*logits, labels, advantages.double(), **options).loss * 3.0
+
+    compare(gradients(ours, hidden[0], weight, bias, frozen), gradients(plain, hidden[0], weight, bias, frozen), dtype)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logit_softcap": 5.0, "logit_scale": 0.5},
+        {"temperature": torch.rand(4, 10, generator=torch.Generator().manual_seed(1)) + 0.5},
+        {"ignore_index": 7, "return_entropy": True},
+    ],
+    ids=["cap", "temperatures", "ignore_index"],
+)
+@pytest.mark.usefixtures("_chunks")
+def test_options_and_leading_shapes(options):
+    hidden, weight, bias, labels, advantages = inputs(shape=(4, 10))
+    labels = labels.clamp(min=0)
+    logits = [logits_of(x, weight, bias) for x in hidden]
+    want = cepo_kernels.contrastive_logprobs(*logits, labels, advantages.double(), **options)
+    got = linear_contrastive_logprobs(*hidden, weight, labels, advantages, lm_head_bias=bias, **options)
+    for name, value in got._asdict().items():
+        expected = getattr(want, name)
+        assert (value is None) == (expected is None), name
+        if value is not None:
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=2e-5)
+    token = linear_token_logprobs(hidden[0], weight, labels, lm_head_bias=bias, **options)
+    oracle.assert_same_bits(token.logprobs.isfinite().float(), torch.ones(4, 10))
+    torch.testing.assert_close(token.logprobs.double(), want.logprobs, rtol=2e-5, atol=2e-5)
+
+
+def products(monkeypatch):
+    """The number of rows of every product with the head, in the order in which they are made."""
+    made = []
+    for name in ("logits", "hidden_gradient", "add_weight_gradient"):
+        original = getattr(linear_products.Products, name)
+
+        def counted(self, first, *rest, name=name, original=original):
+            made.append((name, (first if name != "add_weight_gradient" else rest[0]).shape[0]))
+            return original(self, first, *rest)
+
+        monkeypatch.setattr(linear_products.Products, name, counted)
+    return made
+
+
+def test_rows_that_cannot_matter_meet_no_product(monkeypatch):
+    hidden, weight, _, labels, advantages = inputs()
+    scored = int((labels != -100).sum())
+    active = int(((labels != -100) & (advantages != 0)).sum())
+    made = products(monkeypatch)
+    weight.requires_grad_()
+    out = linear_token_logprobs(hidden[0], weight, labels)
+    out.logprobs.backward(advantages)
+    assert made == [("logits", scored), ("logits", active), ("add_weight_gradient", active)]
+    made.clear()
+    old = out.logprobs.detach() - advantages.sign()  # every row far beyond the bound that its sign has
+    out = linear_contrastive_policy_loss(*hidden, weight, labels, advantages, old)
+    out.loss.backward()
+    assert bool((out.clipped == ((labels != -100) & (advantages != 0))).all())
+    assert made == [("logits", 3 * active), ("add_weight_gradient", 0)]
+    made.clear()
+    policy = hidden[0].clone().requires_grad_()
+    out = linear_contrastive_policy_loss(policy, None, hidden[2], weight.detach(), labels, advantages)
+    out.loss.backward()
+    assert made == [("logits", 2 * active), ("hidden_gradient", active)]
+
+
+def test_a_frozen_head_makes_the_gradient_in_the_forward(monkeypatch):
+    hidden, weight, _, labels, _ = inputs()
+    made = products(monkeypatch)
+    policy = hidden[0].clone().requires_grad_()
+    out = linear_token_logprobs(policy, weight, labels)
+    assert [name for name, _ in made] == ["logits", "hidden_gradient"]
+    out.logprobs.sum().backward()
+    assert [name for name, _ in made] == ["logits", "hidden_gradient"]
+
+
+def test_rows_that_are_not_scored_may_hold_anything():
+    hidden, weight, bias, labels, advantages = inputs()
+    idle = (labels == -100) | (advantages == 0)
+    broken = [x.masked_fill(idle[:, None], math.nan) for x in hidden]
+
+    def loss_of(states):
+        return lambda policy, weight, bias: (
+            linear_contrastive_policy_loss(policy, *states[1:], weight, labels, advantages, lm_head_bias=bias).loss
+        )
+
+    want = gradients(loss_of(hidden), hidden[0], weight, bias, False)
+    got = gradients(loss_of(broken), broken[0], weight, bias, False)
+    oracle.assert_same_bits(got[0], want[0])
+    for found, expected in zip(got[1], want[1], strict=True):
+        oracle.assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_without_a_scored_row_everything_is_zero_and_attached(rows):
+    hidden, weight, _, _, advantages = inputs()
+    policy = hidden[0][:rows].clone().requires_grad_()
+    weight.requires_grad_()
+    nothing = torch.full((rows,), -100)
+    out = linear_contrastive_policy_loss(policy, None, None, weight, nothing, advantages[:rows])
+    (out.loss + linear_token_logprobs(policy, weight, nothing).logprobs.sum()).backward()
+    assert out.loss.item() == 0.0
+    assert not policy.grad.any()
+    assert not weight.grad.any()
+
+
+def test_autocast_casts_as_for_a_linear_layer():
+    hidden, weight, _, labels, _ = inputs()
+    policy = hidden[0].clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_token_logprobs(policy, weight, labels)
+    rounded = linear_token_logprobs(hidden[0].bfloat16(), weight.bfloat16(), labels)
+    oracle.assert_same_bits(out.logprobs, rounded.logprobs)
+    out.logprobs.sum().backward()
+    assert policy.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiled_equals_eager_bit_for_bit(frozen):
+    torch._dynamo.reset()
+    hidden, weight, bias, labels, advantages = inputs(torch.bfloat16)
+
+    def loss_of(policy, weight, bias):
+        log = linear_contrastive_logprobs(policy, hidden[1], None, weight, labels, advantages, lm_head_bias=bias)
+        fused = linear_contrastive_policy_loss(policy, hidden[1], None, weight, labels, advantages, lm_head_bias=bias)
+        return fused.loss - (log.logprobs * log.advantages).sum()
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    got = gradients(compiled, hidden[0], weight, bias, frozen)
+    want = gradients(loss_of, hidden[0], weight, bias, frozen)
+    torch.testing.assert_close(got[0], want[0])
+    for found, expected in zip(got[1], want[1], strict=True):
+        oracle.assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_ops_are_registered_as_torch_wants_them(frozen):
+    hidden, weight, bias, labels, advantages = inputs(shape=(5,))
+    policy = hidden[0].clone().requires_grad_()
+    for tensor in (weight, bias):
+        tensor.requires_grad_(not frozen)
+    numbers = [torch.tensor(value, dtype=torch.float64) for value in (0.5, 0.5)]
+    options = [torch.tensor(1.0, dtype=torch.float64)] * 2
+    torch.library.opcheck(
+        torch.ops.cepo_kernels.linear_forward.default,
+        (policy, hidden[1], hidden[2], weight, bias, labels, advantages, None, *numbers, *options, None, -100, True,
+         frozen, "auto"),
+    )  # fmt: skip
+    more = [torch.tensor(value, dtype=torch.float64) for value in (0.2, 0.28, 0.0, 0.0, 4.0)]
+    torch.library.opcheck(
+        torch.ops.cepo_kernels.linear_policy_loss.default,
+        (policy, hidden[1], hidden[2], weight, bias, labels, advantages, None, None, None, None, *numbers, *more,
+         *options, None, -100, "ppo", False, [True, not frozen, not frozen], "auto"),
+    )  # fmt: skip
+
+
+def test_memory_is_a_chunk_whatever_the_number_of_rows(monkeypatch):
+    """Allocations beyond hidden-sized ones and the head's gradient stay below a few chunks of logits."""
+    rows, width, vocabulary = 400, 16, 20_000
+    monkeypatch.setattr(linear_products, "LOGITS_BYTES", 16 * vocabulary * 4)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
+    labels, advantages = torch.randint(vocabulary, (rows,)), torch.randn(rows)
+
+    def call():
+        linear_contrastive_policy_loss(hidden, None, None, weight, labels, advantages).loss.backward()
+        linear_token_logprobs(hidden, weight, labels).logprobs.sum().backward()
+
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    sizes = [event.cpu_memory_usage for event in recorded.events() if event.name in ("[memory]", "aten::empty")]
+    chunk = 16 * vocabulary * 4
+    assert max(sizes) <= max(chunk, weight.nbytes) * 1.01 < rows * vocabulary * 4 / 20
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden_states": torch.zeros(5, WIDTH + 1)}, ValueError, r"hidden_states: expected shape \(5, 24\)"),
+        ({"hidden_states": torch.zeros(5, WIDTH, dtype=torch.int64)}, TypeError, "hidden_states: expected bfloat16"),
+        ({"hidden_states": None}, TypeError, "hidden_states: expected a tensor, got NoneType"),
+        ({"lm_head_weight": torch.zeros(0)}, ValueError, r"lm_head_weight: expected shape \(V, H\), not empty.*ZeRO-3"),
+        ({"lm_head_weight": [1.0]}, TypeError, "lm_head_weight: expected a tensor, got list"),
+        ({"lm_head_bias": torch.zeros(3)}, ValueError, r"lm_head_bias: expected shape \(301,\)"),
+        ({"labels": torch.full((5,), VOCABULARY)}, ValueError, "labels: expected -100 or 0 <= label < 301, got 301"),
+        ({"labels": torch.zeros(5)}, TypeError, "labels: expected int32 or int64"),
+        ({"temperature": 0.0}, ValueError, "temperature: expected a positive finite number, got 0.0"),
+        ({"backend": "gpu"}, ValueError, "backend: expected 'auto' or one of"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_bad_input_is_named(change, error, message):
+    hidden, weight, bias, labels, _ = inputs(shape=(5,))
+    call = {"hidden_states": hidden[0], "lm_head_weight": weight, "labels": labels, "lm_head_bias": bias, **change}
+    with pytest.raises(error, match=message):
+        linear_token_logprobs(**call)
+
+
+def test_the_loss_names_its_own_arguments():
+    hidden, weight, _, labels, advantages = inputs(shape=(5,))
+    with pytest.raises(ValueError, match=r"negative_hidden: expected shape \(5, 24\)"):
+        linear_contrastive_policy_loss(hidden[0], hidden[1], hidden[2][:3], weight, labels, advantages)
+    with pytest.raises(ValueError, match="ref_logprobs: expected log-probs of the reference policy"):
+        linear_contrastive_policy_loss(hidden[0], None, None, weight, labels, advantages, kl_coef=0.1)
