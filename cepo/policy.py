@@ -1,7 +1,8 @@
 """The policy: a causal language model, its tokenizer, and the way from token ids to logits of response tokens.
 
-Only response rows go through the head, and they come out packed: (N, V) for the N response tokens of a batch, rollout
-after rollout, ready for `cepo_kernels`. The model stays in evaluation mode throughout, so an on-policy ratio is 1.
+Only response rows are kept, packed: (N, H) hidden states for the N response tokens of a batch, rollout after rollout,
+which `cepo_kernels` takes through the head a few rows at a time. A model whose head cannot be told apart gives (N, V)
+logits instead. The model stays in evaluation mode throughout, so an on-policy ratio is 1.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,14 @@ from torch import Tensor
 from cepo import checkpoint
 from cepo.config import PolicyConfig
 from cepo.errors import InputError, one_line
+from cepo_kernels import (
+    PolicyLoss,
+    TokenLogprobs,
+    contrastive_policy_loss,
+    linear_contrastive_policy_loss,
+    linear_token_logprobs,
+    token_logprobs,
+)
 
 EMBEDDED = Path(__file__).parent / "assets" / "addition-0.8m"
 
@@ -37,7 +47,7 @@ class Policy:
     """Longest sequence the model takes, in tokens."""
     compute_dtype: torch.dtype = torch.float32
     split_head: bool = True
-    """Whether logits are head(base model), so that the head can be run on some rows only."""
+    """Whether logits are head(base model), so that the head can be left to the kernels."""
     logit_options: dict[str, Any] = field(default_factory=dict)
     """`logit_scale` and `logit_softcap` for the kernels, where the head alone leaves them out."""
 
@@ -144,7 +154,39 @@ def encode(policy: Policy, rendered: str) -> list[int]:
 
 
 def response_logits(policy: Policy, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
-    """Logits that predict every response token given its context: (N, V), a full pass for each of B rollouts.
+    """Logits that predict every response token given its context: (N, V)."""
+    states = response_states(policy, contexts, responses)
+    if not policy.split_head:
+        return states
+    with policy.autocast():
+        return policy.model.get_output_embeddings()(states)  # type: ignore[no-any-return]
+
+
+def token_op(policy: Policy) -> Callable[..., TokenLogprobs]:
+    """`token_logprobs(states, labels, ...)` of what `response_states` returns."""
+    if not policy.split_head:
+        return token_logprobs
+    weight, bias = _head(policy)
+    return lambda states, labels, **options: linear_token_logprobs(states, weight, labels, lm_head_bias=bias, **options)
+
+
+def loss_op(policy: Policy) -> Callable[..., PolicyLoss]:
+    """`contrastive_policy_loss(policy, positive, negative, labels, ...)` of what `response_states` returns."""
+    if not policy.split_head:
+        return partial(contrastive_policy_loss, inplace_grad=True)
+    weight, bias = _head(policy)
+    return lambda own, positive, negative, labels, *rows, **options: linear_contrastive_policy_loss(
+        own, positive, negative, weight, labels, *rows, lm_head_bias=bias, **options
+    )
+
+
+def _head(policy: Policy) -> tuple[Tensor, Tensor | None]:
+    head = policy.model.get_output_embeddings()
+    return head.weight, getattr(head, "bias", None)
+
+
+def response_states(policy: Policy, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
+    """States that predict every response token given its context: (N, H), a full pass for each of B rollouts.
 
     Contexts are padded on the left and responses on the right, so that responses line up.
     """
@@ -152,7 +194,7 @@ def response_logits(policy: Policy, contexts: Sequence[Sequence[int]], responses
     within = _pad(_shifted(contexts, responses), policy.pad_id)
     ids, mask = (torch.cat(pair, dim=1).to(policy.device) for pair in zip(before, within, strict=True))
     wanted = torch.cat([torch.zeros_like(before[1]), within[1]], dim=1).to(policy.device)
-    return _logits(policy, wanted, ids, mask, _positions(policy, mask))
+    return _states(policy, wanted, ids, mask, _positions(policy, mask))
 
 
 @dataclass(frozen=True)
@@ -181,10 +223,10 @@ def prefill(policy: Policy, prefixes: Sequence[Sequence[int]]) -> Prefixes:
 
 
 @torch.no_grad()
-def continued_logits(
+def continued_states(
     policy: Policy, prefixes: Prefixes, index: Sequence[int], responses: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Logits that predict every token of response b given prefix `index[b]`: (N, V), the prefixes not run again."""
+    """States that predict every token of response b given prefix `index[b]`: (N, H), the prefixes not run again."""
     ids, wanted = (
         part.to(policy.device) for part in _pad(_shifted([prefixes.ids[k] for k in index], responses), policy.pad_id)
     )
@@ -193,7 +235,7 @@ def continued_logits(
     cache.batch_select_indices(rows)
     mask = torch.cat([prefixes.mask[rows], wanted], dim=1)
     positions = {name: value[:, -ids.shape[1] :] for name, value in _positions(policy, mask).items()}
-    return _logits(policy, wanted, ids, mask, positions, cache)
+    return _states(policy, wanted, ids, mask, positions, cache)
 
 
 def _shifted(contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -217,7 +259,7 @@ def _positions(policy: Policy, mask: Tensor) -> dict[str, Tensor]:
     return {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
 
 
-def _logits(
+def _states(
     policy: Policy, wanted: Tensor, ids: Tensor, mask: Tensor, positions: dict[str, Tensor], cache: Any = None
 ) -> Tensor:
     inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": cache is not None, **positions}
@@ -226,8 +268,7 @@ def _logits(
     with policy.autocast():
         if not policy.split_head:
             return policy.model(**inputs).logits[wanted]  # type: ignore[no-any-return]
-        hidden_states = policy.model.base_model(**inputs).last_hidden_state
-        return policy.model.get_output_embeddings()(hidden_states[wanted])  # type: ignore[no-any-return]
+        return policy.model.base_model(**inputs).last_hidden_state[wanted]  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cepo.config import TeacherConfig
 from cepo.errors import InputError
-from cepo.policy import Policy, Prefixes, continued_logits, encode, prefill, render, response_logits
+from cepo.policy import Policy, Prefixes, continued_states, encode, prefill, render, response_states
 from cepo.rollout import Rollouts
 from cepo.tasks import Problem, Task
 
@@ -131,26 +131,26 @@ def _is_wrong(reward: float | None, threshold: float) -> bool:
     return reward is not None and reward < threshold
 
 
-class TeacherLogits(NamedTuple):
-    """Both teachers' logits of N response tokens, (N, V); `negative_mask`, (N,) bool, is False where there is no r-."""
+class TeacherStates(NamedTuple):
+    """Both teachers' states of N response tokens, (N, H); `negative_mask`, (N,) bool, is False where there is no r-."""
 
     positive: Tensor | None
     negative: Tensor | None
     negative_mask: Tensor | None
 
 
-NO_TEACHERS = TeacherLogits(None, None, None)
+NO_TEACHERS = TeacherStates(None, None, None)
 
 
 @torch.no_grad()
-def teacher_logits(
+def teacher_states(
     policy: Policy,
     config: TeacherConfig,
     teachers: Teachers,
     names: Sequence[str],
     rollouts: Rollouts,
     rows: Sequence[int],
-) -> TeacherLogits:
+) -> TeacherStates:
     """Run the teachers called `names` ("positive", "negative") on the responses of `rows`.
 
     Each distinct prefix goes through the model once and its cache serves all its rollouts.
@@ -163,15 +163,15 @@ def teacher_logits(
     used = sorted({*positive, *(k for k, there in zip(negative, present, strict=True) if there)})
     prefixes = prefill(policy, [teachers.prefixes[k] for k in used]) if config.share_prefix else None
 
-    def logits(index: Sequence[int]) -> Tensor:
+    def states(index: Sequence[int]) -> Tensor:
         if isinstance(prefixes, Prefixes):
-            return continued_logits(policy, prefixes, [used.index(k) for k in index], responses)
-        return response_logits(policy, [teachers.prefixes[k] for k in index], responses)
+            return continued_states(policy, prefixes, [used.index(k) for k in index], responses)
+        return response_states(policy, [teachers.prefixes[k] for k in index], responses)
 
     if not any(present):
-        return TeacherLogits(logits(positive), None, None)
+        return TeacherStates(states(positive), None, None)
     mask = torch.tensor([there for r, there in zip(responses, present, strict=True) for _ in r], device=policy.device)
-    return TeacherLogits(logits(positive), logits(negative), mask)
+    return TeacherStates(states(positive), states(negative), mask)
 
 
 def _or(value: int | None, default: int) -> int:

@@ -12,10 +12,10 @@ from torch import Tensor
 from cepo.losses import token_weights
 from cepo.metrics import Clock, mean
 from cepo.parts import Parts
-from cepo.policy import response_logits
+from cepo.policy import loss_op, response_states, token_op
 from cepo.rollout import Rollouts
-from cepo.teacher import NO_TEACHERS, Teachers, teacher_logits
-from cepo_kernels import ContrastiveLogprobs, PolicyLoss, contrastive_logprobs, contrastive_policy_loss
+from cepo.teacher import NO_TEACHERS, Teachers, teacher_states
+from cepo_kernels import ContrastiveLogprobs, PolicyLoss
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def update(
     owner = batch.per_token(torch.arange(len(everyone)), everyone)
     tokens: dict[str, Tensor] = {}
     for rows in _passes(parts, ~active):
-        _scatter(tokens, look(parts, batch, rows, clock), torch.isin(owner, torch.tensor(rows)))
+        _scatter(tokens, {"entropy": entropy(parts, batch, rows, clock)}, torch.isin(owner, torch.tensor(rows)))
     # Rows with A = 0 need no gradient and no teachers: the result is the same.
     passes = [(rows, True) for rows in _passes(parts, active)]
     if not config.teacher.skip:
@@ -81,7 +81,9 @@ def update(
             if round_ == 0:
                 behaviour.append(result.credit)
                 if acts:
-                    _scatter(tokens, result.credit, torch.isin(owner, torch.tensor(rows)))
+                    names = ("entropy", "evidence", "weight")
+                    values = {name: getattr(result.credit, name) for name in names}
+                    _scatter(tokens, values, torch.isin(owner, torch.tensor(rows)))
             with clock.phase("update"):
                 result.loss.backward()
                 losses[-1] += result.loss.item()
@@ -97,13 +99,13 @@ def update(
 
 
 @torch.no_grad()
-def look(parts: Parts, batch: Batch, rows: list[int], clock: Clock) -> ContrastiveLogprobs:
-    """The entropy of responses that teach nothing, for the record."""
+def entropy(parts: Parts, batch: Batch, rows: list[int], clock: Clock) -> Tensor | None:
+    """Of responses that teach nothing, for the record: (N,)."""
     with clock.phase("policy"):
-        logits = response_logits(parts.policy, batch.prompts(rows), batch.responses(rows))
-    with clock.phase("credit"):
-        labels = _labels(batch, rows, logits.device)
-        return contrastive_logprobs(logits, None, None, labels, return_entropy=True, **_kernel_options(parts))
+        states = response_states(parts.policy, batch.prompts(rows), batch.responses(rows))
+    with clock.phase("credit"), parts.policy.autocast():
+        labels = _labels(batch, rows, states.device)
+        return token_op(parts.policy)(states, labels, return_entropy=True, **_kernel_options(parts)).entropy
 
 
 def policy_loss(
@@ -111,38 +113,35 @@ def policy_loss(
 ) -> PolicyLoss:
     """The loss on the responses of `rows`: with their credit if `behaviour` is None, else with the one it holds.
 
-    For credit the model reads the responses as policy and as teachers; one kernel makes log-probs, token advantages,
-    loss and gradient of the three.
+    For credit the model reads the responses as policy and as teachers; one call makes log-probs, token advantages, loss
+    and gradient of the three.
     """
     config, policy, told = parts.config, parts.policy, NO_TEACHERS
     if behaviour is None and batch.teachers is not None:
         with clock.phase("teacher"):
-            told = teacher_logits(policy, config.teacher, batch.teachers, parts.teachers, batch.rollouts, rows)
+            told = teacher_states(policy, config.teacher, batch.teachers, parts.teachers, batch.rollouts, rows)
     with clock.phase("policy"):
-        logits = response_logits(policy, batch.prompts(rows), batch.responses(rows))
-    with clock.phase("credit"):
+        states = response_states(policy, batch.prompts(rows), batch.responses(rows))
+    with clock.phase("credit"), policy.autocast():
         shared = {
             "surrogate": parts.surrogate,
             "clip_low": config.loss.clip_low,
             "clip_high": config.loss.clip_high,
-            "token_weight": batch.per_token(batch.weights, rows).to(logits.device),
+            "token_weight": batch.per_token(batch.weights, rows).to(states.device),
             "denominator": 1.0,
-            "inplace_grad": True,
             **_kernel_options(parts),
         }
-        labels = _labels(batch, rows, logits.device)
+        labels = _labels(batch, rows, states.device)
         if behaviour is not None:
             assert behaviour.advantages is not None
-            return contrastive_policy_loss(
-                logits, None, None, labels, behaviour.advantages, behaviour.logprobs, **shared
-            )
+            return loss_op(policy)(states, None, None, labels, behaviour.advantages, behaviour.logprobs, **shared)
         result: PolicyLoss = parts.credit(
-            logits,
+            states,
             told.positive,
             told.negative,
             labels,
-            batch.per_token(batch.advantages, rows).to(logits.device),
-            op=contrastive_policy_loss,
+            batch.per_token(batch.advantages, rows).to(states.device),
+            op=loss_op(policy),
             negative_mask=told.negative_mask,
             lam=batch.lam,
             eps_w=config.credit.eps_w,
@@ -168,8 +167,8 @@ def _passes(parts: Parts, chosen: Tensor) -> list[list[int]]:
     return [rows.tolist() for rows in groups if rows.numel()]
 
 
-def _scatter(tokens: dict[str, Tensor], out: ContrastiveLogprobs, places: Tensor) -> None:
+def _scatter(tokens: dict[str, Tensor], values: dict[str, Tensor | None], places: Tensor) -> None:
     """Put packed values of some rollouts in their places, (N,) bool, among the tokens of all."""
-    for name, value in (("entropy", out.entropy), ("evidence", out.evidence), ("weight", out.weight)):
+    for name, value in values.items():
         if value is not None:
             tokens.setdefault(name, torch.full(places.shape, float("nan")))[places] = value.detach().float().cpu()

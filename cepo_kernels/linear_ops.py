@@ -24,6 +24,10 @@ def _chosen(mask: Tensor) -> Tensor:
     return mask.nonzero().squeeze(1)
 
 
+def _pieces(rows: Tensor, size: int) -> tuple[Tensor, ...]:
+    return rows.split(size) if rows.numel() else ()
+
+
 class Call:
     """What both forwards share: rows, chunk by chunk, as a backend takes them."""
 
@@ -49,7 +53,7 @@ class Call:
     def chunks(self, chosen: Tensor) -> Iterator[tuple[Tensor, ForwardInputs]]:
         """Rows and their inputs, logits included."""
         present = [x for x in self.contexts if x is not None]
-        for rows in chosen.split(self.products.rows(len(present))):
+        for rows in _pieces(chosen, self.products.rows(len(present))):
             logits = iter(self.products.logits(torch.cat([x[rows] for x in present])).split(rows.numel()))
             views = [None if x is None else next(logits).unsqueeze(0) for x in self.contexts]
             assert views[0] is not None
@@ -163,7 +167,7 @@ def _backward(
     for values in (g, h):
         if values is not None:
             moved |= values != 0
-    for rows in _chosen((flat != ignore_index) & moved).split(products.rows(1)):
+    for rows in _pieces(_chosen((flat != ignore_index) & moved), products.rows(1)):
         logits = products.logits(hidden[rows]).unsqueeze(0)
         chosen.backward(
             BackwardInputs(
@@ -218,7 +222,8 @@ def _policy_loss(
                 moved = _chosen(~clipped)
                 if moved.numel() < rows.numel():
                     rows, flat = rows[moved], flat[moved]
-            gradients.add(rows, flat, call.policy[rows])
+            if rows.numel():
+                gradients.add(rows, flat, call.policy[rows])
     loss = outputs.losses.sum(dtype=torch.float64) / denominator.to(outputs.losses.device, torch.float64)
     grad_hidden, grad_weight, grad_bias = gradients.results()
     grad_hidden = grad_hidden.view(policy.shape) if needs[0] else grad_hidden

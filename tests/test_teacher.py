@@ -11,7 +11,7 @@ from tiny import Sums, one_thread, rollouts_of, tiny_policy  # noqa: F401
 from cepo import teacher
 from cepo.config import HINT, TeacherConfig
 from cepo.errors import InputError
-from cepo.policy import Policy, continued_logits, encode, make_policy, prefill, render, response_logits
+from cepo.policy import Policy, continued_states, encode, make_policy, prefill, render, response_logits, response_states
 from cepo.tasks import Problem
 
 TASK = Sums()
@@ -99,8 +99,8 @@ def test_a_shared_prefix_gives_what_separate_full_passes_give(policy: Policy, ch
     shared = TeacherConfig(**changes)  # type: ignore[arg-type]
     teachers = teacher.build(policy, shared, TASK, rollouts, rewards, 1.0)
     rows = [0, 1, 3, 5, 6, 8, 9]
-    one = teacher.teacher_logits(policy, shared, teachers, BOTH, rollouts, rows)
-    other = teacher.teacher_logits(policy, replace(shared, share_prefix=False), teachers, BOTH, rollouts, rows)
+    one = teacher.teacher_states(policy, shared, teachers, BOTH, rollouts, rows)
+    other = teacher.teacher_states(policy, replace(shared, share_prefix=False), teachers, BOTH, rollouts, rows)
     assert one.positive is not None
     assert one.negative is not None
     assert one.negative_mask is not None
@@ -116,14 +116,14 @@ def test_each_prefix_goes_through_the_model_once(policy: Policy, monkeypatch: py
     rollouts = rollouts_of(policy, [PROBLEM, Problem("1+1", "2")], ["a#7", "b#8", "c#9", "d#7"] * 2)
     rewards = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     teachers = teacher.build(policy, TeacherConfig(), TASK, rollouts, rewards, 1.0)
-    teacher.teacher_logits(policy, TeacherConfig(), teachers, BOTH, rollouts, list(range(8)))
+    teacher.teacher_states(policy, TeacherConfig(), teachers, BOTH, rollouts, list(range(8)))
     assert seen == [4]
 
 
 def test_a_one_token_prefix_needs_no_prefill(policy: Policy) -> None:
     contexts, responses = [[7], [9]], [[10, 11, 1], [12, 1]]
-    shared = continued_logits(policy, prefill(policy, contexts), [0, 1], responses)
-    assert torch.allclose(shared, response_logits(policy, contexts, responses), atol=1e-5)
+    shared = continued_states(policy, prefill(policy, contexts), [0, 1], responses)
+    assert torch.allclose(shared, response_states(policy, contexts, responses), atol=1e-5)
 
 
 def test_equal_contexts_are_counted_and_give_no_evidence(policy: Policy) -> None:
@@ -135,7 +135,7 @@ def test_equal_contexts_are_counted_and_give_no_evidence(policy: Policy) -> None
     teachers = teacher.build(policy, TeacherConfig(), Blind(), rollouts, [0.0, 1.0], 1.0)
     assert teachers.positive == teachers.negative == [0, 0]
     assert teachers.statistics["negative_same_as_positive"] == 1
-    out = teacher.teacher_logits(policy, TeacherConfig(), teachers, BOTH, rollouts, [0, 1])
+    out = teacher.teacher_states(policy, TeacherConfig(), teachers, BOTH, rollouts, [0, 1])
     assert out.positive is not None
     assert out.negative is not None
     assert torch.equal(out.positive, out.negative)
@@ -144,7 +144,7 @@ def test_equal_contexts_are_counted_and_give_no_evidence(policy: Policy) -> None
 def test_rlsd_asks_for_no_negative_teacher(policy: Policy) -> None:
     rollouts = rollouts_of(policy, [PROBLEM], ["a#7", "b#8"])
     teachers = teacher.build(policy, TeacherConfig(), TASK, rollouts, [1.0, 0.0], 1.0)
-    out = teacher.teacher_logits(policy, TeacherConfig(), teachers, ("positive",), rollouts, [0, 1])
+    out = teacher.teacher_states(policy, TeacherConfig(), teachers, ("positive",), rollouts, [0, 1])
     assert out.negative is None
     assert out.negative_mask is None
 
