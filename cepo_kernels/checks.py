@@ -75,7 +75,7 @@ def scalar(name: str, value: float | Tensor) -> Tensor:
         if value.ndim != 0:
             raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
         return value.detach()
-    if isinstance(value, (bool, str)) or value is None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(value).__name__}")
     if torch.compiler.is_compiling():
         return torch.zeros((), dtype=torch.float64) + value
@@ -143,14 +143,16 @@ def check_values(
 ) -> None:
     """Values that live on the CPU; reading those of an accelerator would stall its queue."""
     check_credit_values(lam, eps_w)
-    _within("logit_scale", logit_scale, "a positive finite number", lambda v: 0 < v < float("inf"))
+    _within("logit_scale", logit_scale, "a positive finite number (1e-30 to 1e30)", lambda v: 1e-30 <= v <= 1e30)
     if logit_softcap is not None:
-        _within("logit_softcap", logit_softcap, "a positive finite number", lambda v: 0 < v < float("inf"))
+        _within(
+            "logit_softcap", logit_softcap, "a positive finite number (1e-30 to 1e30)", lambda v: 1e-30 <= v <= 1e30
+        )
     if temperature.ndim == 0:
-        _within("temperature", temperature, "a positive finite number", lambda v: 0 < v < float("inf"))
+        _within("temperature", temperature, "a positive finite number (1e-30 to 1e30)", lambda v: 1e-30 <= v <= 1e30)
     elif temperature.device.type == "cpu":
         scored = (labels != ignore_index).expand(labels.shape)
-        wrong = scored & ~((temperature > 0) & (temperature < torch.inf))
+        wrong = scored & ~((temperature >= 1e-30) & (temperature <= 1e30))
         if wrong.any():
             got = float(temperature.expand(labels.shape)[wrong][0])
             raise ValueError(f"temperature: expected a positive finite number for every scored row, got {got}")
@@ -181,10 +183,16 @@ def check_loss_values(
 
 def check_in_place(policy: Tensor, teachers: dict[str, Tensor | None]) -> None:
     """The gradient may be written over ``policy`` only if nobody else needs those bytes."""
-    if policy.is_leaf:
-        raise ValueError("inplace_grad: policy_logits is a leaf tensor, whose values the gradient would overwrite")
-    if any(size > 1 and stride == 0 for size, stride in zip(policy.shape, policy.stride(), strict=True)):
-        raise ValueError("inplace_grad: policy_logits is an expanded tensor, whose rows share memory")
+    base = policy._base if policy._is_view() else None
+    if policy.is_leaf or (base is not None and base.is_leaf):
+        whose = "a leaf tensor" if base is None else "a view of a leaf tensor"
+        raise ValueError(f"inplace_grad: policy_logits is {whose}, whose values the gradient would overwrite")
+    reach = 0  # of the dimensions within
+    for size, stride in sorted(zip(policy.shape, policy.stride(), strict=True), key=lambda pair: pair[1]):
+        if size > 1:
+            if stride <= reach:
+                raise ValueError("inplace_grad: policy_logits is an expanded tensor, whose rows share memory")
+            reach += (size - 1) * stride
     first, last = _extent(policy)
     for name, teacher in teachers.items():
         if teacher is not None:

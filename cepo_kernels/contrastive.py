@@ -149,7 +149,7 @@ class _InPlace(torch.autograd.Function):
         return tuple(output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ops.refuse_create_graph()
         policy, *saved = ctx.saved_tensors
         return ops.gradient(ctx, ops.logits_grad_, policy.detach(), saved, grads)

@@ -39,8 +39,10 @@ def contrastive_credit(
     """
     if not isinstance(positive_logprobs, Tensor) or not positive_logprobs.dtype.is_floating_point:
         raise TypeError(f"positive_logprobs: expected a floating tensor, got {_kind(positive_logprobs)}")
+    if advantages is None:
+        raise TypeError("advantages: expected a tensor, got None")
     for name, given in (("negative_logprobs", negative_logprobs), ("policy_logprobs", policy_logprobs)):
-        if given is not None and given.shape != positive_logprobs.shape:
+        if isinstance(given, Tensor) and given.shape != positive_logprobs.shape:
             expected, got = tuple(positive_logprobs.shape), tuple(given.shape)
             raise ValueError(f"{name}: expected shape {expected} as positive_logprobs have, got {got}")
         checks.check_row_values(name, given, positive_logprobs)

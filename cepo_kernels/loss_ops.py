@@ -128,8 +128,8 @@ class Fused(torch.autograd.Function):
         return loss, ratio, clipped, absent, *others
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        ops.refuse_create_graph()
         if ctx.gradient is None:
             raise RuntimeError("contrastive_policy_loss: the first backward took the gradient; compute the loss again")
         gradient, ctx.gradient = ctx.gradient, None

@@ -229,6 +229,12 @@ def _refuse_second_order(ctx: Any, *grads: Any) -> None:
     raise RuntimeError("cepo_kernels computes first-order gradients only: a second derivative was asked for")
 
 
+def refuse_create_graph() -> None:
+    """For backwards outside `torch.library`, in which autograd is on only if their result shall be differentiable."""
+    if torch.is_grad_enabled():
+        _refuse_second_order(None)
+
+
 library.impl("forward", _forward, "CompositeExplicitAutograd")
 library.impl("logits_grad", _logits_grad, "CompositeExplicitAutograd")
 library.impl("logits_grad_", _logits_grad_in_place, "CompositeExplicitAutograd")

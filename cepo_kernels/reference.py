@@ -114,7 +114,8 @@ def credit(
     evidence = torch.where(both_impossible, 0.0, positive_logprobs - negative_logprobs)
     if advantages is None:
         return Credit(evidence, None, None)
-    ratio = torch.exp(advantages.sign() * evidence)
+    sign = torch.where(advantages.isnan(), advantages, advantages.sign())  # which is 0 for NaN
+    ratio = torch.exp(sign * evidence)
     weight = torch.minimum(torch.maximum(ratio, 1 - eps_w), 1 + eps_w)
     weight = torch.where(advantages == 0, 1.0, weight)
     return Credit(evidence, weight, torch.where(advantages == 0, 0.0, advantages * ((1 - lam) + lam * weight)))

@@ -160,6 +160,9 @@ def test_it_agrees_with_the_op_that_starts_from_logits(backend):
         ({"lam": math.nan}, ValueError, "lam: .*nan"),
         ({"eps_w": 1.0}, ValueError, r"eps_w: expected a number in \[0, 1\), got 1.0"),
         ({"eps_w": -0.1}, ValueError, r"eps_w: .*-0.1"),
+        ({"lam": [0.5]}, TypeError, "lam: expected a number or a 0-d tensor, got list"),
+        ({"advantages": None}, TypeError, "advantages: expected a tensor, got None"),
+        ({"negative_logprobs": [1.0]}, TypeError, "negative_logprobs: expected a tensor, got list"),
     ],
 )
 def test_a_bad_argument_is_named(change, error, message):
@@ -171,3 +174,9 @@ def test_a_bad_argument_is_named(change, error, message):
     }
     with pytest.raises(error, match=message):
         contrastive_credit(**arguments)
+
+
+def test_a_nan_advantage_stays_one():
+    credit = contrastive_credit(torch.zeros(1), torch.zeros(1), torch.tensor([math.nan]))
+    assert credit.weight.isnan().all()
+    assert credit.advantages.isnan().all()

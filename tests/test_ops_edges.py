@@ -144,6 +144,23 @@ class TestRows:
         assert torch.isfinite(got.entropy).all()
         assert torch.isfinite(oracle.gradient_of(backend, logits, labels, 1.0, 1.0)).all()
 
+    @pytest.mark.parametrize("scale", [1e6, 4e6, 1e7, 3e9, 5e9, 1e10, 1e20, 1e35])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("vocabulary", [8, 5000])
+    def test_logits_of_any_size(self, backend, vocabulary, dtype, scale):
+        """A row masked by a large number, one far below another, and rows as wide as that."""
+        logits = torch.cat([
+            torch.full((1, vocabulary), -scale), torch.zeros(1, vocabulary) - scale,
+            torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(1)) * scale,
+        ])  # fmt: skip
+        logits[1, 0], logits[1, 1] = scale, 1.0
+        logits, labels = logits.to(dtype), torch.tensor([1, 1, 0, 3, vocabulary - 1])
+        got = oracle.run(backend, logits, None, None, labels)
+        oracle.assert_forward(got, oracle.contrastive(logits, None, None, labels), but=("entropy",))
+        oracle.assert_gradient(
+            oracle.gradient_of(backend, logits, labels, 1.0), oracle.logits_gradient(logits, labels, 1.0), dtype
+        )
+
     @pytest.mark.parametrize("dtype", oracle.NATIVE)
     @pytest.mark.parametrize("vocabulary", [12289, 4096, 4097])
     def test_the_label_may_stand_in_any_column(self, backend, vocabulary, dtype):

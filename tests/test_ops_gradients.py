@@ -177,7 +177,7 @@ def test_a_second_derivative_raises(backend, inplace):
         (gradient,) = torch.autograd.grad(out.logprobs.sum(), leaf, create_graph=True)
         gradient.square().sum().backward()
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="first-order gradients only"):
         second_derivative()
 
 
@@ -214,8 +214,12 @@ class TestInPlace:
         labels = oracle.labels_like((4,), 50, 2)
         with pytest.raises(ValueError, match="leaf"):
             oracle.run(backend, base, None, None, labels, inplace_grad=True)
+        with pytest.raises(ValueError, match="a view of a leaf"):
+            oracle.run(backend, base[1:], None, None, labels[1:], inplace_grad=True)
         with pytest.raises(ValueError, match="expanded"):
             oracle.run(backend, (base * 1)[:1].expand(4, 50), None, None, labels, inplace_grad=True)
+        with pytest.raises(ValueError, match="share memory"):
+            oracle.run(backend, (base * 1).as_strided((4, 50), (20, 1)), None, None, labels, inplace_grad=True)
         whole = base * 1
         for teachers, name in (((whole, None), "positive_logits"), ((None, whole.detach()), "negative_logits")):
             with pytest.raises(ValueError, match=name):

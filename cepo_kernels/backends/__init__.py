@@ -59,6 +59,8 @@ def choose(name: str, device_type: str, dtype: torch.dtype) -> Backend:
         for candidate in preference(device_type, dtype):
             if unavailable(candidate, device_type) is None:
                 logger.info("cepo_kernels uses the %s backend for %s tensors on %s", candidate, dtype, device_type)
+                if (device_type, candidate) == ("cpu", "reference") and dtype != torch.float64:
+                    logger.warning("cepo_kernels runs on plain PyTorch, slowly: %s", unavailable("cpu", "cpu"))
                 return load(candidate)
     if name not in NAMES:
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(NAMES)}; got {name!r}")

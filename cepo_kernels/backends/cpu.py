@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,11 @@ try:
 except ImportError as error:
     _cpu = None
     _missing = f"its extension is not built ({error}); a C++17 compiler and a new `pip install` of cepo build it"
+    if (checkout := Path(__file__).parents[2]).joinpath("csrc").is_dir():
+        _missing = (
+            f"Python found the sources in {checkout} before the installed package, and their extension is not built; "
+            "start it from another directory, or `pip install -e .` there"
+        )
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ABSENT = (0, 0, 0, 0)
