@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check_label_range
-from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions
+from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs
+from . import native
 
 _cpu: ModuleType | None
 try:
@@ -24,8 +24,6 @@ except ImportError as error:
             "start it from another directory, or `pip install -e .` there"
         )
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ABSENT = (0, 0, 0, 0)
 ISAS = ("avx512", "avx2", "portable")
 
 
@@ -49,25 +47,29 @@ class Variant:
 
     def forward(self, inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
         assert _cpu is not None
-        row_temperature, call = _call(inputs, outputs)
-        labels_are_good = _cpu.forward(self.isa, torch.get_num_threads(), *_shape(inputs.policy), call)
+        row_temperature, call = native.call(inputs, outputs)
+        labels_are_good = _cpu.forward(self.isa, torch.get_num_threads(), *native.shape(inputs.policy), call)
         del row_temperature
         if not labels_are_good:  # then nothing was computed
             check_label_range(inputs.labels, inputs.policy.shape[-1], inputs.options.ignore_index)
 
     def policy_loss(self, inputs: LossInputs, outputs: LossOutputs) -> None:
         assert _cpu is not None
-        row_temperature, call = _call(inputs.forward, outputs.forward)
+        row_temperature, call = native.call(inputs.forward, outputs.forward)
         policy, gradient = inputs.forward.policy, outputs.gradient
         fresh = gradient is not None and gradient.data_ptr() != policy.data_ptr() and gradient.is_contiguous()
         labels_are_good = _cpu.policy_loss(
             self.isa,
             torch.get_num_threads(),
-            *_shape(policy),
+            *native.shape(policy),
             call,
-            _logits(gradient),
+            native.logits(gradient),
             (inputs.surrogate == "cispo", *map(float, inputs.numbers)),
-            (_address(inputs.old_logprobs), _address(inputs.token_weight), _address(inputs.ref_logprobs)),
+            (
+                native.address(inputs.old_logprobs),
+                native.address(inputs.token_weight),
+                native.address(inputs.ref_logprobs),
+            ),
             (outputs.losses.data_ptr(), outputs.ratio.data_ptr(), outputs.clipped.data_ptr()),
             gradient.nbytes if fresh and gradient is not None else 0,
         )
@@ -77,19 +79,19 @@ class Variant:
 
     def backward(self, inputs: BackwardInputs) -> None:
         assert _cpu is not None
-        row_temperature, options = _options(inputs.options)
+        row_temperature, options = native.options(inputs.options)
         fresh = inputs.gradient.data_ptr() != inputs.policy.data_ptr() and inputs.gradient.is_contiguous()
         _cpu.backward(
             self.isa,
             torch.get_num_threads(),
-            *_shape(inputs.policy),
-            _logits(inputs.gradient),
-            _logits(inputs.policy),
+            *native.shape(inputs.policy),
+            native.logits(inputs.gradient),
+            native.logits(inputs.policy),
             inputs.labels.data_ptr(),
-            _address(inputs.grad_logprobs),
-            _address(inputs.grad_entropy),
+            native.address(inputs.grad_logprobs),
+            native.address(inputs.grad_entropy),
             inputs.logprobs.data_ptr(),
-            _address(inputs.entropy),
+            native.address(inputs.entropy),
             inputs.stats.data_ptr(),
             options,
             inputs.gradient.nbytes if fresh else 0,
@@ -103,51 +105,6 @@ def plain_read(data: Tensor, isa: str = "avx2") -> float:
         raise RuntimeError(_missing)
     isa = isa if _cpu.supported(isa) else "portable"
     return float(_cpu.plain_read(isa, torch.get_num_threads(), data.data_ptr(), data.numel()))
-
-
-def _shape(logits: Tensor) -> tuple[int, int, int]:
-    outer, inner, vocabulary = logits.shape
-    return outer * inner, inner, vocabulary
-
-
-def _call(inputs: ForwardInputs, outputs: ForwardOutputs) -> tuple[Tensor | None, tuple[Any, ...]]:
-    """The tensor that must outlive the call, and a forward's tensors and options as the kernel reads them."""
-    row_temperature, options = _options(inputs.options)
-    return row_temperature, (
-        _logits(inputs.policy),
-        _logits(inputs.positive),
-        _logits(inputs.negative),
-        inputs.labels.data_ptr(),
-        _address(inputs.advantages),
-        _address(inputs.negative_mask),
-        float(inputs.lam),
-        float(inputs.eps_w),
-        options,
-        tuple(_address(buffer) for buffer in outputs),
-    )
-
-
-def _logits(tensor: Tensor | None) -> tuple[int, int, int, int]:
-    if tensor is None:
-        return _ABSENT
-    return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride(0), tensor.stride(1)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
-
-
-def _options(options: RowOptions) -> tuple[Tensor | None, tuple[Any, ...]]:
-    """The tensor that must outlive the call, and the tuple that the kernel reads."""
-    per_row = None if options.temperature.ndim == 0 else options.temperature.double().contiguous()
-    cap = options.logit_softcap
-    return per_row, (
-        _address(per_row),
-        float(options.temperature) if per_row is None else 1.0,
-        float(options.logit_scale),
-        0.0 if cap is None else float(cap),
-        options.ignore_index,
-    )
 
 
 _best = Variant()
