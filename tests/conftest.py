@@ -18,7 +18,7 @@ settings.load_profile("one-seed")
 
 BACKENDS: list[Any] = ["reference", "cpu:portable", "cpu:avx2", "cpu:avx512"]
 if torch.cuda.is_available():
-    BACKENDS.append(pytest.param("triton", marks=pytest.mark.gpu))
+    BACKENDS += [pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda", "cuda:streaming")]
 elif os.environ.get("TRITON_INTERPRET") == "1":
     BACKENDS.append("triton")
 

@@ -46,7 +46,7 @@ class Gradient(NamedTuple):
 
 
 def device_of(backend: str) -> str:
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    return "cuda" if backend.startswith(("triton", "cuda")) and torch.cuda.is_available() else "cpu"
 
 
 def array(value: Any, shape: tuple[int, ...]) -> Array:
