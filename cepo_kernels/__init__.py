@@ -2,6 +2,7 @@
 
 from .contrastive import ContrastiveLogprobs, contrastive_logprobs
 from .credit import contrastive_credit
+from .head import LogprobHead, restore_head, use_logprob_head
 from .linear import linear_contrastive_logprobs, linear_contrastive_policy_loss, linear_token_logprobs
 from .policy_loss import PolicyLoss, contrastive_policy_loss
 from .reference import Credit
@@ -12,6 +13,7 @@ __all__ = [
     "BackendReport",
     "ContrastiveLogprobs",
     "Credit",
+    "LogprobHead",
     "PolicyLoss",
     "TokenLogprobs",
     "backend_report",
@@ -21,5 +23,7 @@ __all__ = [
     "linear_contrastive_logprobs",
     "linear_contrastive_policy_loss",
     "linear_token_logprobs",
+    "restore_head",
     "token_logprobs",
+    "use_logprob_head",
 ]

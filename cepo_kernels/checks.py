@@ -117,7 +117,7 @@ def check_head(weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
         if tensor.dtype not in LOGITS_DTYPES:
             raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {tensor.dtype}")
         if tensor.ndim != dimensions or tensor.numel() == 0:
-            hint = "; under ZeRO-3 gather it first" if tensor.numel() == 0 else ""
+            hint = "; under ZeRO-3 call a LogprobHead, which gathers it" if tensor.numel() == 0 else ""
             shape = "(V, H)" if dimensions == 2 else "(V,)"
             raise ValueError(f"{name}: expected shape {shape}, not empty, got {tuple(tensor.shape)}{hint}")
         _same_device(name, tensor, labels)

@@ -1,0 +1,91 @@
+"""A head that is called with labels, so that whatever gathers its weight when it is called (FSDP2, ZeRO-3) does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .contrastive import ContrastiveLogprobs
+from .linear import linear_contrastive_logprobs, linear_contrastive_policy_loss, linear_token_logprobs
+from .policy_loss import PolicyLoss
+from .token import TokenLogprobs
+
+
+class LogprobHead(nn.Linear):
+    """An ``lm_head``: logits without labels, as any other; with labels the ops of `linear`, and no logits anywhere.
+
+        head(hidden_states)                                                            logits
+        head(hidden_states, labels=labels)                                             TokenLogprobs
+        head(policy, positive, negative, labels=labels, advantages=A)                  ContrastiveLogprobs
+        head(policy, positive, negative, labels=labels, advantages=A, policy_loss=True)    PolicyLoss
+
+    Hidden states are (..., H); teachers may be None. Every other option of the op may follow.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        positive_hidden: Tensor | None = None,
+        negative_hidden: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        advantages: Any = None,
+        policy_loss: bool = False,
+        **options: Any,
+    ) -> Tensor | TokenLogprobs | ContrastiveLogprobs | PolicyLoss:
+        if labels is None:
+            if positive_hidden is not None or negative_hidden is not None or advantages is not None or policy_loss:
+                raise ValueError("labels: expected a tensor, got None")
+            return super().forward(input)
+        options["lm_head_bias"] = self.bias
+        if policy_loss:
+            return linear_contrastive_policy_loss(
+                input,
+                positive_hidden,
+                negative_hidden,
+                self.weight,
+                labels,
+                advantages,
+                **options,
+            )
+        if advantages is None and positive_hidden is None and negative_hidden is None:
+            return linear_token_logprobs(input, self.weight, labels, **options)
+        return linear_contrastive_logprobs(
+            input, positive_hidden, negative_hidden, self.weight, labels, advantages, **options
+        )
+
+
+def use_logprob_head(model: Any) -> LogprobHead:
+    """Turn a transformers model's head into a `LogprobHead`, where it stands: parameters, ties and hooks stay.
+
+    To be called before the model is sharded or compiled. `restore_head` undoes it.
+
+    Raises:
+        TypeError: the model has no output embeddings, or they are no plain linear layer (LoRA on the head, a quantised
+            or an already sharded one): their output is not what the weight alone says.
+    """
+    head = _head(model)
+    if type(head) is LogprobHead:
+        return head
+    if type(head) is not nn.Linear:
+        why = "; merge or leave out the adapter of the head" if hasattr(head, "base_layer") else ""
+        why = "; call this before fully_shard" if type(head).__name__.startswith("FSDP") else why
+        raise TypeError(f"model: expected output embeddings that are an nn.Linear, got {type(head).__name__}{why}")
+    head.__class__ = LogprobHead
+    return head  # type: ignore[return-value]
+
+
+def restore_head(model: Any) -> None:
+    """Make the model's head a plain `nn.Linear` again."""
+    head = _head(model)
+    if type(head) is LogprobHead:
+        head.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+def _head(model: Any) -> Any:
+    find = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    if head is None:
+        raise TypeError(f"model: expected a model with output embeddings, got {type(model).__name__}")
+    return head
