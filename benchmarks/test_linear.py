@@ -1,0 +1,103 @@
+"""From hidden states on the CPU: log-probs and the policy loss, against the matrix products that they need.
+
+The share is of the time of the products (float32 or 16-bit, whichever is faster here) of the same shapes that the
+arithmetic needs: one forward, four with the gradient of a trainable head, two with a frozen one, five for the policy
+loss over three contexts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interleaved import Turns
+from torch import Tensor
+
+import cepo_kernels
+from cepo_kernels import backends
+
+ROWS, WIDTH, VOCABULARY = 512, 1024, 49_152
+ROUNDS = 5
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRODUCTS = {"forward": 1, "forward+backward": 4, "frozen head": 2, "policy loss": 5}
+
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.linear(hidden, weight).float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def peers() -> dict[str, Run]:
+    found: dict[str, Run] = {"torch.compile": torch.compile(eager, fullgraph=True, dynamic=False), "eager": eager}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["F.linear_cross_entropy"] = lambda hidden, weight, labels: (
+            -F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options)
+        )
+    with contextlib.suppress(ImportError):
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+        found["TRL chunked_logprob"] = lambda hidden, weight, labels: ChunkedLogProbFunction.apply(
+            hidden, weight, None, labels, 1.0, 32768, None, 1.0, ()
+        )[0]
+    return found
+
+
+def gradient(run: Run, hidden: Tensor, weight: Tensor, labels: Tensor, frozen: bool) -> None:
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)
+    run(hidden, weight, labels).sum().backward()
+
+
+@pytest.mark.skipif(backends.unavailable("cpu", "cpu") is not None, reason=str(backends.unavailable("cpu", "cpu")))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_linear(benchmark: Any, tables: list[dict[str, Any]], kind: str, dtype: str) -> None:
+    torch.manual_seed(0)
+    contexts = [torch.randn(ROWS, WIDTH).to(DTYPES[dtype]) for _ in range(3)]
+    weight = (torch.randn(VOCABULARY, WIDTH) * 0.05).to(DTYPES[dtype])
+    labels, advantages = torch.randint(VOCABULARY, (ROWS,)), torch.randn(ROWS)
+
+    def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return cepo_kernels.linear_token_logprobs(hidden, weight, labels).logprobs
+
+    def loss() -> None:
+        leaves = contexts[0].detach().requires_grad_(), weight.detach().requires_grad_()
+        cepo_kernels.linear_contrastive_policy_loss(
+            leaves[0], *contexts[1:], leaves[1], labels, advantages
+        ).loss.backward()
+
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, run in {"cepo": ours, **({} if kind == "policy loss" else peers())}.items():
+        if kind == "forward":
+            calls[name] = torch.no_grad()(lambda run=run: run(contexts[0], weight, labels))
+        else:
+            frozen = kind == "frozen head"
+            calls[name] = lambda run=run, frozen=frozen: gradient(run, contexts[0], weight, labels, frozen)
+    if kind == "policy loss":
+        calls["cepo"] = loss
+    wide, wide_weight = contexts[0].float(), weight.float()
+    calls["product, fp32"] = lambda: wide @ wide_weight.t()
+    if dtype == "bf16":
+        calls["product, bf16"] = lambda: contexts[0] @ weight.t()
+    for call in calls.values():
+        call()
+    turns = Turns(calls)
+    benchmark.group = f"linear {kind} {dtype}"
+    benchmark.pedantic(calls["cepo"], setup=lambda: turns.take(skip="cepo"), rounds=ROUNDS)
+    turns.seconds["cepo"] = list(benchmark.stats.stats.data)
+    medians = turns.medians()
+    products = PRODUCTS[kind] * min(seconds for name, seconds in medians.items() if name.startswith("product"))
+    table = [
+        {"name": name, "ms": seconds * 1e3, "gb_per_s": None, "share_of_read": seconds / products,
+         "speedup": seconds / medians["cepo"], "error": None}
+        for name, seconds in medians.items() if not name.startswith("product")
+    ]  # fmt: skip
+    table.append({"name": f"{PRODUCTS[kind]} x the product", "ms": products * 1e3, "gb_per_s": None,
+                  "share_of_read": 1.0, "speedup": None, "error": None})  # fmt: skip
+    title = f"{benchmark.group}: N = {ROWS}, H = {WIDTH}, V = {VOCABULARY:,}; share: of the products alone"
+    tables.append({"group": benchmark.group, "title": title, "rows": table, "absent": {}})
