@@ -25,7 +25,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __noinline__ noinline  // as in __attribute__((__noinline__)), which the standard library says
+#define __noinline__ __attribute__((noinline))  // after the standard library, whose attributes name it
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
@@ -110,7 +110,7 @@ inline const uint64_t* exchange(uint32_t mask, uint64_t value, Site site) {
         if ((mask >> i & 1) == 0) continue;
         for (unsigned j = 0; j < lanes.size(); j++) lanes[i].others[j] = lanes[j].value;
         lanes[i].operation = nullptr;
-        m.fibers[fiber.block->rank * m.threads + fiber.thread - mine + i].waits_for = nullptr;
+        m.wake(size_t{fiber.block->rank} * m.threads + fiber.thread - mine + i);
     }
     m.yield();
     return lanes[mine].others;

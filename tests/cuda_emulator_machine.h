@@ -1,9 +1,8 @@
 // Runs the threads of a kernel as fibers of one OS thread, a cluster at a time, in an order that the caller chooses.
 //
-// A fiber keeps running until it waits or yields, and then another one goes on: with threads 0, 1, 2, ... in turn, with
-// the same backwards, or at random. What a kernel owes to luck shows in one of these orders, since a thread that does
-// not wait for the others gets there before all of them or after. When nobody can go on, the report says who waits
-// where.
+// A fiber keeps running until it waits or yields; then goes on the first that can, the last that can, or any: so with
+// the first, thread 0 gets as far ahead of the others as they let it. What a kernel owes to luck shows in one of these
+// orders. When nobody can go on, the report says who waits where.
 #pragma once
 
 #include <stddef.h>
@@ -12,6 +11,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -213,9 +213,13 @@ class Machine {
         leave(*self);
     }
     void wake(const void* key) {
-        for (Fiber& fiber : fibers) {
-            if (fiber.waits_for == key) fiber.waits_for = nullptr;
+        for (size_t i = 0; i < fibers.size(); i++) {
+            if (fibers[i].waits_for == key) wake(i);
         }
+    }
+    void wake(size_t index) {
+        fibers[index].waits_for = nullptr;
+        first_ = std::min(first_, position(index));
     }
     // The block of this cluster whose shared memory holds all of these bytes, or null.
     Block* block_of(const void* p, size_t bytes) {
@@ -256,7 +260,7 @@ class Machine {
         first_block_ = index * cluster;
         cluster_arrived = 0;
         cluster_phase = 0;
-        last_ = options.order == Order::kReverse ? 0 : size_t{threads} * cluster - 1;
+        first_ = 0;
         for (unsigned rank = 0; rank < cluster; rank++) {
             Block& block = blocks.emplace_back();
             block.rank = rank;
@@ -294,16 +298,21 @@ class Machine {
 
     Fiber* choose() {
         size_t n = fibers.size();
-        size_t step = options.order == Order::kReverse ? n - 1 : 1;
-        size_t at = options.order == Order::kRandom ? random_() % n : last_ + step;
-        for (size_t i = 0; i < n; i++, at += step) {
-            Fiber& fiber = fibers[at % n];
-            if (fiber.returned || fiber.waits_for != nullptr) continue;
-            last_ = at % n;
-            return &fiber;
+        if (options.order == Order::kRandom) {
+            for (size_t i = 0, at = random_() % n; i < n; i++, at = (at + 1) % n) {
+                if (can_go_on(fibers[at])) return &fibers[at];
+            }
+            return nullptr;
+        }
+        for (; first_ < n; first_++) {
+            Fiber& fiber = fibers[position(first_)];
+            if (can_go_on(fiber)) return &fiber;
         }
         return nullptr;
     }
+    static bool can_go_on(const Fiber& fiber) { return !fiber.returned && fiber.waits_for == nullptr; }
+    // Its own inverse: where the order's i-th fiber is.
+    size_t position(size_t i) const { return options.order == Order::kReverse ? fibers.size() - 1 - i : i; }
     void resume(Fiber& fiber) {
         self = &fiber;
         threadIdx = {fiber.thread, 0, 0};
@@ -370,7 +379,7 @@ class Machine {
     std::function<void()> body_;
     unsigned char* stacks_ = nullptr;
     unsigned first_block_ = 0;
-    size_t last_ = 0;
+    size_t first_ = 0;  // in the order; nobody before it can go on
     std::mt19937 random_;
     std::string error_;
     void* top_ = nullptr;  // the caller's own stack

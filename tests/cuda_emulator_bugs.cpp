@@ -32,8 +32,9 @@ __global__ void block_sum(const float* in, float* out, int columns) {
     } else if (bug("masks that differ")) {
         sum += __shfl_xor_sync(thread % 32 < 16 ? kFullWarp : 0xffff0000u, sum, 8);
     }
+    if (bug("lane that has returned") && thread == 0) return;
     sum = warp_sum(sum);
-    if (thread % 32 == 0) partial[thread / 32 + (bug("shared memory overrun") ? 1 : 0)] = sum;
+    if (thread % 32 == 0) partial[thread / 32 + bug("shared memory overrun")] = sum;
     if (bug("barrier in one branch")) {
         if (thread < 32) block_barrier();
     } else if (bug("barriers in two branches")) {
@@ -87,7 +88,9 @@ __global__ void bulk_load_sum(const float* in, float* out, int columns) {
     const float* row = in + static_cast<size_t>(blockIdx.x) * columns;
     int chunks = columns / kChunk;
     auto fetch = [&](int chunk) {
-        if (!bug("no announcement")) announce(&barriers[chunk % 2], bug("too few bytes") ? kBytes - 16 : kBytes);
+        if (!bug("no announcement")) {
+            announce(&barriers[chunk % 2], kBytes - 16 * bug("too few bytes") + 16 * bug("too many bytes"));
+        }
         int skip = bug("misaligned load") ? 1 : 0;
         bulk_load(stages + chunk % 2 * kChunk, row + chunk * kChunk + skip, kBytes, &barriers[chunk % 2]);
     };
@@ -150,15 +153,17 @@ const std::map<std::string, Kernel> kKernels = {
 // wrote, then its results; or what the emulator said.
 int main(int, char** arguments) {
     using cepo::emulator::Order;
-    const Kernel& kernel = kKernels.at(arguments[1]);
+    Kernel kernel = kKernels.at(arguments[1]);
     planted = arguments[2];
     std::string order = arguments[3];
     auto& options = cepo::emulator::options;
     options.order = order == "reverse" ? Order::kReverse : order == "random" ? Order::kRandom : Order::kForward;
     options.seed = static_cast<unsigned>(atoi(arguments[4]));
     options.yield_on_access = order == "random";
-    unsigned grid = 2 * kernel.cluster;
-    auto allocate = [](size_t floats) { return static_cast<float*>(aligned_alloc(16, floats * sizeof(float))); };
+    unsigned grid = 2 * kernel.cluster - bug("half a cluster");
+    if (bug("1025 threads")) kernel.block = 1025;
+    if (bug("too much shared memory")) kernel.shared_bytes = 228 * 1024;
+    auto allocate = [](size_t floats) { return static_cast<float*>(malloc(floats * sizeof(float))); };
     float* in = allocate(2 * kColumns);
     float* out = allocate(grid * kernel.outputs);
     for (int i = 0; i < 2 * kColumns; i++) in[i] = static_cast<float>(i % 7);
@@ -171,7 +176,10 @@ int main(int, char** arguments) {
         fprintf(stderr, "emulator: %s\n", fault.what());
         return 2;
     }
-    if (error != cudaSuccess) return 3;
+    if (error != cudaSuccess) {
+        fprintf(stderr, "%s\n", cudaGetErrorString(error));
+        return 3;
+    }
     printf("%ju %ju", cepo::emulator::counters.read, cepo::emulator::counters.written);
     for (unsigned i = 0; i < grid * kernel.outputs; i++) printf(" %g", out[i]);
     free(in);
