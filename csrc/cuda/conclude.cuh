@@ -30,43 +30,41 @@ CEPO_DEVICE void put_all(const PolicyLoss& l, int64_t row, double value) {
     device::store(l.clipped + row, false);
 }
 
-// What a row is, known to all of its threads.
-struct RowPlan {
-    int64_t row;
-    int label;
-    float advantage;
-    const void* x[kTensors];  // null: not read
-    void* gradient;           // null: none
-
-    CEPO_DEVICE Dtype dtype(const Forward& f, int tensor) const {
-        return tensor == kPolicy ? f.policy.dtype : tensor == kPositive ? f.positive.dtype : f.negative.dtype;
-    }
-};
-
-// Writes what is known without reading a logit and returns false if that is all there is to the row.
+// By all threads of the row's blocks, `thread` of `threads`. Writes what is known without reading a logit and returns
+// false if that is all there is to the row; else the block's state says what is to be read, after a block barrier.
 template <bool kLoss>
 CEPO_DEVICE bool plan_row(const PolicyLoss& l, const Values& values, int64_t row, int thread, int threads,
-                          RowPlan& out) {
+                          RowState& state) {
     const Forward& f = l.forward;
     const int64_t label = device::load(f.labels + row);
-    out.row = row;
-    out.advantage = f.advantages ? device::load(f.advantages + row) : 0.0f;
-    out.gradient = kLoss && l.gradient.data ? row_start(l.gradient, f.inner, row) : nullptr;
+    const float advantage = f.advantages ? device::load(f.advantages + row) : 0.0f;
+    void* const gradient = kLoss && l.gradient.data ? row_start(l.gradient, f.inner, row) : nullptr;
     const bool ignored = label == f.options.ignore_index ||
-                         (kLoss && out.advantage == 0.0f && values.or_else(kKl, l.kl_coef) == 0.0 &&
+                         (kLoss && advantage == 0.0f && values.or_else(kKl, l.kl_coef) == 0.0 &&
                           values.or_else(kEntropyCoef, l.entropy_coef) == 0.0);
     if (ignored || label < 0 || label >= f.vocabulary) {
         const double value = ignored ? 0.0 : NAN;
         if (thread == 0) put_all<kLoss>(l, row, value);
-        if (out.gradient)
-            fill(l.gradient, out.gradient, static_cast<int>(f.vocabulary), static_cast<float>(value), thread, threads);
+        if (gradient)
+            fill(l.gradient, gradient, static_cast<int>(f.vocabulary), static_cast<float>(value), thread, threads);
         return false;
     }
-    out.label = static_cast<int>(label);
-    const bool has_negative = f.negative.data && (!f.negative_mask || device::load(f.negative_mask + row));
-    out.x[kPolicy] = row_start(f.policy, f.inner, row);
-    out.x[kPositive] = f.positive.data ? row_start(f.positive, f.inner, row) : nullptr;
-    out.x[kNegative] = has_negative ? row_start(f.negative, f.inner, row) : nullptr;
+    if (threadIdx.x >= kTensors) return true;
+    const int tensor = threadIdx.x;
+    const Logits& logits = tensor == kPolicy ? f.policy : tensor == kPositive ? f.positive : f.negative;
+    const bool read = tensor != kNegative || !f.negative_mask || device::load(f.negative_mask + row);
+    const void* const x = logits.data && read ? row_start(logits, f.inner, row) : nullptr;
+    state.plan.x[tensor] = x;
+    state.plan.dtype[tensor] = logits.dtype;
+    state.slow[tensor] = false;
+    if (x) state.label_x[tensor] = element(x, logits.dtype, label);
+    if (tensor == 0) {
+        state.plan.row = row;
+        state.plan.label = static_cast<int>(label);
+        state.plan.advantage = advantage;
+        state.plan.gradient = gradient;
+        state.transform = transform_of(f.options, values, row);
+    }
     return true;
 }
 
@@ -87,9 +85,9 @@ CEPO_DEVICE void plan_gradient(RowState& state, const RowScalars& at, const RowS
 
 // By lane 0 of one warp, once its lanes have the scalars. False if the entropy's spread is missing.
 template <bool kLoss, bool kEntropy, bool kCapped>
-CEPO_DEVICE bool conclude_policy(const PolicyLoss& l, const Values& values, RowState& state, const RowPlan& plan,
-                                 RowScalars at, double positive, double negative, bool has_spread, bool writes) {
+CEPO_DEVICE bool conclude_policy(const PolicyLoss& l, const Values& values, RowState& state, RowScalars at, double positive, double negative, bool has_spread, bool writes) {
     const Forward& f = l.forward;
+    const RowPlan& plan = state.plan;
     const RowSum sum = state.sum[kPolicy];
     const bool slow = state.slow[kPolicy];
     const int64_t row = plan.row;
@@ -153,8 +151,8 @@ CEPO_DEVICE bool conclude_policy(const PolicyLoss& l, const Values& values, RowS
 
 // By all lanes of one warp: lane i finishes tensor i. False if the entropy's spread is missing.
 template <bool kLoss, bool kEntropy, bool kCapped>
-CEPO_DEVICE bool conclude(const PolicyLoss& l, const Values& values, RowState& state, const RowPlan& plan,
-                          bool has_spread, bool writes) {
+CEPO_DEVICE bool conclude(const PolicyLoss& l, const Values& values, RowState& state, bool has_spread,
+                          bool writes) {
     const int lane = threadIdx.x % 32, tensor = lane < kTensors ? lane : kPolicy;
     const RowSum sum = state.sum[tensor];
     const float label_x = state.label_x[tensor];
@@ -165,28 +163,28 @@ CEPO_DEVICE bool conclude(const PolicyLoss& l, const Values& values, RowState& s
     }
     const double positive = device::shuffle_xor(at.logprob, kPositive);
     const double negative = device::shuffle_xor(at.logprob, kNegative);
-    return lane != 0 || conclude_policy<kLoss, kEntropy, kCapped>(l, values, state, plan, at, positive, negative,
+    return lane != 0 || conclude_policy<kLoss, kEntropy, kCapped>(l, values, state, at, positive, negative,
                                                                   has_spread, writes);
 }
 
-// Which tensors' sums float32 could not take: bits, the same in all lanes 0 to 3 of the warp.
-CEPO_DEVICE int needs_slow_sum(const WarpSum& mine, bool present) {
-    const int lane = threadIdx.x % 32;
-    int bits = present && (mine.c == INFINITY || mine.s == 0.0) ? 1 << lane : 0;
-    bits |= device::shuffle_xor(bits, 1);
-    return bits | device::shuffle_xor(bits, 2);
+// Which tensors' sums float32 could not take, lane i answering for tensor i: bits, the same in every lane.
+CEPO_DEVICE int needs_slow_sum(const WarpSum& mine) {
+    int bits = mine.c == INFINITY || mine.s == 0.0 ? 1 << threadIdx.x % 32 : 0;
+    for (int mask = 16; mask > 0; mask /= 2) bits |= device::shuffle_xor(bits, mask);
+    return bits;
 }
 
 // What `redo` asks for, by the whole block, from global memory.
 template <bool kCapped>
-CEPO_DEVICE void redo_slowly(const Forward& f, RowState& state, const RowPlan& plan, int redo) {
+CEPO_DEVICE void redo_slowly(const Forward& f, RowState& state, int redo) {
+    const RowPlan& plan = state.plan;
     const int vocabulary = static_cast<int>(f.vocabulary);
     const float k = state.transform.k, inner = state.transform.inner;
 #pragma unroll 1
     for (int tensor = 0; tensor < kTensors; ++tensor) {
         if (!(redo >> tensor & 1)) continue;
-        const void* const x = tensor == kPolicy ? plan.x[0] : tensor == kPositive ? plan.x[1] : plan.x[2];
-        RowSum sum = slow_sum<kCapped>(state, x, plan.dtype(f, tensor), vocabulary, plan.label, k, inner);
+        RowSum sum =
+            slow_sum<kCapped>(state, plan.x[tensor], plan.dtype[tensor], vocabulary, plan.label, k, inner);
         const bool finite = sum.s == sum.s && sum.c != -INFINITY;
         if (sum.c == -INFINITY) sum.c = 0.0;
         if (threadIdx.x == 0) state.sum[tensor] = sum, state.slow[tensor] = finite;
@@ -197,6 +195,50 @@ CEPO_DEVICE void redo_slowly(const Forward& f, RowState& state, const RowPlan& p
         if (threadIdx.x == 0) state.spread = spread;
     }
     device::block_barrier();
+}
+
+// The blocks of a row: here, one.
+struct OneBlock {
+    CEPO_DEVICE bool writes() const { return true; }
+    CEPO_DEVICE const RowState& owner(const RowState& state, int) const { return state; }
+    CEPO_DEVICE void meet() const {}
+};
+
+// From the virtual warps' sums of every tensor to the outputs and to what the gradient is made of, by a block that has
+// met the others since they were written. Every block of a row computes the same; one writes the outputs.
+template <bool kLoss, bool kEntropy, bool kCapped, class Team>
+CEPO_DEVICE void settle(const PolicyLoss& l, const Values& values, RowState& state, const Team& team) {
+    int redo = 0;
+#pragma unroll 1
+    for (bool first = true;; first = false) {
+        if (threadIdx.x < 32) {
+            const int lane = threadIdx.x;
+            if (first) {
+                const RowState& owner = team.owner(state, lane);
+                WarpSum mine{1.0, 0.0, 0.0};
+#pragma unroll 1
+                for (int tensor = 0; tensor < kTensors; ++tensor) {
+                    if (!state.plan.x[tensor]) continue;
+                    const WarpSum sum = warp_sum(owner.s[tensor][lane], owner.u[tensor][lane], owner.c[tensor][lane]);
+                    if (lane == tensor) mine = sum;
+                }
+                if (lane < kTensors) state.sum[lane] = {mine.s, mine.u, mine.c};
+                redo = needs_slow_sum(mine);
+            }
+            // In the next pass, what `redo` asked for is there.
+            if (!first || redo == 0) {
+                const bool has_spread = redo & kNeedsSpread;
+                redo = conclude<kLoss, kEntropy, kCapped>(l, values, state, has_spread, team.writes()) ? 0
+                                                                                                      : kNeedsSpread;
+            }
+            if (lane == 0) state.redo = redo;
+        }
+        device::block_barrier();
+        redo = state.redo;
+        if (redo == 0) return;
+        redo_slowly<kCapped>(l.forward, state, redo);
+        team.meet();  // nobody writes over a row that another block still reads
+    }
 }
 
 }  // namespace cuda

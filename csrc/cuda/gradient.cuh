@@ -96,18 +96,13 @@ CEPO_DEVICE void write_group(const Group& g, const Row& row, const OutRow<T>& ou
 // From the row's end, whose pieces were read last: what the cache still holds is met before it is thrown out.
 template <class T, int kOwn, bool kCapped, class Row>
 CEPO_DEVICE void write_gradient(const Row& row, void* to, int apart, int label, const Factors& f) {
-    constexpr int kSecond = kOwn - 1, kAdvance = 2 / kOwn;
     const OutRow<T> out(to);
-    const int groups = row.all_groups(), start = (groups + kAdvance - 1) / kAdvance * kAdvance - kAdvance;
-    const auto second = [&](int group) { return kOwn == 2 ? group : group + 1; };
-    Group a, b;
-    row.load(b, second(start), kSecond * apart);
 #pragma unroll 1
-    for (int group = start; group >= 0; group -= kAdvance) {
-        row.load(a, group, 0);
-        write_group<T, kCapped>(b, row, out, second(group), row.piece_index(second(group), kSecond * apart), label, f);
-        if (group > 0) row.load(b, second(group - kAdvance), kSecond * apart);
-        write_group<T, kCapped>(a, row, out, group, row.piece_index(group, 0), label, f);
+    for (int step = row.all_groups() * kOwn - 1; step >= 0; --step) {
+        const int group = step / kOwn, own = step % kOwn * apart;
+        Group g;
+        row.load(g, group, own);
+        write_group<T, kCapped>(g, row, out, group, row.piece_index(group, own), label, f);
     }
 }
 

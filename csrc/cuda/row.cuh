@@ -19,8 +19,19 @@ constexpr int kNeedsSpread = 1 << kTensors;  // in RowState::redo; below it, a b
 
 enum class Gradient : int { kNone, kZero, kNaN, kFast, kSlow };
 
+// What a row is, known to all of its threads.
+struct RowPlan {
+    int64_t row;
+    int label;
+    float advantage;
+    const void* x[kTensors];  // null: not read
+    void* gradient;           // null: none
+    Dtype dtype[kTensors];
+};
+
 // Shared memory of a block.
 struct RowState {
+    RowPlan plan;
     double s[kTensors][kWarps], u[kTensors][kWarps];  // of virtual warps; in a cluster, of this block's
     float c[kTensors][kWarps];
     RowSum sum[kTensors];

@@ -2,7 +2,7 @@
 //
 // A row is cut into pieces of 16 bytes; piece i belongs to virtual lane i % 1024, whatever the kernel, the number of
 // threads and blocks, and the alignment, so a row's bits depend on its values, V and dtype alone. A lane takes its
-// pieces in groups of four, in float32 relative to a reference of its own: the group's maximum comes first, the
+// pieces in small groups, in float32 relative to a reference of its own: the group's maximum comes first, the
 // reference is raised if that is too far above, then the terms are added. A last piece that V leaves incomplete is a
 // group by itself. Lanes meet in float64, first the 32 of a virtual warp, then the 32 warps.
 #pragma once
@@ -14,7 +14,7 @@ namespace cuda {
 
 constexpr int kLanes = 1024;  // virtual lanes of a row
 constexpr int kWarps = kLanes / 32;
-constexpr int kGroup = 4;  // pieces
+constexpr int kGroup = 3;  // pieces: with four, two lanes a thread do not fit 64 registers
 
 // 2^shift for a whole number shift <= 0; 0 where a float32 sum times it would be lost, or shift is -inf or NaN.
 CEPO_DEVICE float power_of_two(float shift) {
@@ -119,7 +119,7 @@ struct GlobalRow {
                                  : group * kGroup * kLanes + first + lane_offset;
     }
     CEPO_DEVICE uint4 unaligned(const unsigned char* at) const {
-        const uint4 low = device::load16(at), high = device::load16(at + 16);
+        const uint4 low = device::load16_once(at), high = device::load16_once(at + 16);
         uint32_t w[7] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z}, last = high.w;
         if (shift & 8) w[0] = w[2], w[1] = w[3], w[2] = w[4], w[3] = w[5], w[4] = w[6], w[5] = last;
         if (shift & 4) w[0] = w[1], w[1] = w[2], w[2] = w[3], w[3] = w[4], w[4] = w[5];

@@ -10,11 +10,11 @@ constexpr int kStreamThreads = 512;
 constexpr int kOwn = kLanes / kStreamThreads;
 
 template <class T, bool kEntropy, bool kCapped>
-CEPO_DEVICE void scan_global(const void* x, int vocabulary, int label, RowState& state, int tensor) {
+CEPO_DEVICE void scan_global(const void* x, int vocabulary, RowState& state, int tensor) {
     LaneSum sums[kOwn];
     const int thread = threadIdx.x;
     const GlobalRow<T> row(x, thread, vocabulary);
-    scan<T, kOwn, kEntropy, kCapped>(row, kStreamThreads, label, state.transform, sums);
+    scan<T, kOwn, kEntropy, kCapped>(row, kStreamThreads, state.plan.label, state.transform, sums);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
         const WarpSum sum = warp_sum(sums[i].s, sums[i].u, sums[i].c);
@@ -24,8 +24,9 @@ CEPO_DEVICE void scan_global(const void* x, int vocabulary, int label, RowState&
 }
 
 template <bool kCapped>
-CEPO_DEVICE void write_global(const Forward& f, const RowPlan& plan, const Logits& gradient, const RowState& state) {
-    const int vocabulary = static_cast<int>(f.vocabulary), thread = threadIdx.x;
+CEPO_DEVICE void write_global(const Logits& gradient, int vocabulary, const RowState& state) {
+    const RowPlan& plan = state.plan;
+    const int thread = threadIdx.x;
     const void* const x = plan.x[kPolicy];
     switch (state.gradient) {
         case Gradient::kNone:
@@ -54,59 +55,25 @@ CEPO_DEVICE void write_global(const Forward& f, const RowPlan& plan, const Logit
 template <bool kLoss, bool kEntropy, bool kCapped>
 __global__ void __launch_bounds__(kStreamThreads, 2) stream_rows(PolicyLoss l, Values values) {
     RowState& state = *reinterpret_cast<RowState*>(device::dynamic_shared());
-    const Forward& f = l.forward;
-    const int thread = threadIdx.x, warp = thread / 32, vocabulary = static_cast<int>(f.vocabulary);
-    RowPlan plan;
-    if (!plan_row<kLoss>(l, values, blockIdx.x, thread, kStreamThreads, plan)) return;
-    if (thread == 0) state.transform = transform_of(f.options, values, plan.row);
-    if (thread < kTensors) {
-        const void* const x = thread == kPolicy ? plan.x[0] : thread == kPositive ? plan.x[1] : plan.x[2];
-        if (x) state.label_x[thread] = element(x, plan.dtype(f, thread), plan.label);
-        state.slow[thread] = false;
-    }
+    const int thread = threadIdx.x, vocabulary = static_cast<int>(l.forward.vocabulary);
+    if (!plan_row<kLoss>(l, values, blockIdx.x, thread, kStreamThreads, state)) return;
     device::block_barrier();
 #pragma unroll 1
     for (int tensor = kTensors - 1; tensor >= 0; --tensor) {
-        const void* const x = tensor == kPolicy ? plan.x[0] : tensor == kPositive ? plan.x[1] : plan.x[2];
+        const void* const x = state.plan.x[tensor];
         if (!x) continue;
-        const Dtype dtype = plan.dtype(f, tensor);
+        const Dtype dtype = state.plan.dtype[tensor];
         if (dtype == Dtype::kFloat32) {
-            scan_global<float, kEntropy, kCapped>(x, vocabulary, plan.label, state, tensor);
+            scan_global<float, kEntropy, kCapped>(x, vocabulary, state, tensor);
         } else if (dtype == Dtype::kBFloat16) {
-            scan_global<BFloat16, kEntropy, kCapped>(x, vocabulary, plan.label, state, tensor);
+            scan_global<BFloat16, kEntropy, kCapped>(x, vocabulary, state, tensor);
         } else {
-            scan_global<Half, kEntropy, kCapped>(x, vocabulary, plan.label, state, tensor);
+            scan_global<Half, kEntropy, kCapped>(x, vocabulary, state, tensor);
         }
     }
     device::block_barrier();
-    int redo = 0;
-#pragma unroll 1
-    for (bool first = true;; first = false) {
-        if (warp == 0) {
-            if (first) {
-                const int lane = thread;
-                WarpSum mine{1.0, 0.0, 0.0};
-#pragma unroll 1
-                for (int tensor = 0; tensor < kTensors; ++tensor) {
-                    const WarpSum sum = warp_sum(state.s[tensor][lane], state.u[tensor][lane], state.c[tensor][lane]);
-                    if (lane == tensor) mine = sum;
-                }
-                if (lane < kTensors) state.sum[lane] = {mine.s, mine.u, mine.c};
-                redo = needs_slow_sum(mine, lane < kTensors && (lane == kPolicy ? plan.x[0] : lane == kPositive ? plan.x[1] : plan.x[2]));
-            }
-            const bool has_spread = redo & kNeedsSpread;
-            if (first && redo) {
-            } else {
-                redo = conclude<kLoss, kEntropy, kCapped>(l, values, state, plan, has_spread, true) ? 0 : kNeedsSpread;
-            }
-            if (thread == 0) state.redo = redo;
-        }
-        device::block_barrier();
-        redo = state.redo;
-        if (!redo) break;
-        redo_slowly<kCapped>(f, state, plan, redo);
-    }
-    if (kLoss) write_global<kCapped>(f, plan, l.gradient, state);
+    settle<kLoss, kEntropy, kCapped>(l, values, state, OneBlock{});
+    if (kLoss) write_global<kCapped>(l.gradient, vocabulary, state);
 }
 
 template <bool kCapped>
@@ -114,35 +81,35 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_backward(Backward w,
     RowState& state = *reinterpret_cast<RowState*>(device::dynamic_shared());
     const int64_t row = blockIdx.x;
     const int thread = threadIdx.x, vocabulary = static_cast<int>(w.vocabulary);
-    RowPlan plan;
-    plan.row = row;
-    plan.gradient = row_start(w.gradient, w.inner, row);
-    plan.x[kPolicy] = row_start(w.policy, w.inner, row);
+    void* const gradient = row_start(w.gradient, w.inner, row);
     const int64_t label = device::load(w.labels + row);
     const double g = w.grad_logprobs ? device::load(w.grad_logprobs + row) : 0.0f;
     const double h = w.grad_entropy ? device::load(w.grad_entropy + row) : 0.0f;
     const bool ignored = label == w.options.ignore_index || (g == 0.0 && h == 0.0);
     if (ignored || label < 0 || label >= w.vocabulary)
-        return fill(w.gradient, plan.gradient, vocabulary, ignored ? 0.0f : NAN, thread, kStreamThreads);
-    plan.label = static_cast<int>(label);
+        return fill(w.gradient, gradient, vocabulary, ignored ? 0.0f : NAN, thread, kStreamThreads);
     const float* const stats = w.stats + row * kStats;
     const bool slow = device::load(stats + 1) == kSlowRow;
-    if (thread == 0) state.transform = transform_of(w.options, values, row);
-    device::block_barrier();
+    const void* const x = row_start(w.policy, w.inner, row);
+    if (thread == 0) {
+        state.plan.x[kPolicy] = x;
+        state.plan.gradient = gradient;
+        state.plan.label = static_cast<int>(label);
+        state.transform = transform_of(w.options, values, row);
+    }
     RowSum sum{device::load(stats + 1), 0.0, device::load(stats)};
     if (slow) {
-        sum = slow_sum<kCapped>(state, plan.x[kPolicy], w.policy.dtype, vocabulary, plan.label, state.transform.k,
+        device::block_barrier();
+        sum = slow_sum<kCapped>(state, x, w.policy.dtype, vocabulary, static_cast<int>(label), state.transform.k,
                                 state.transform.inner);
     }
     if (thread == 0) {
         const RowScalars at{0.0, device::load(w.logprobs + row), device::load(stats + 2),
                             w.entropy ? device::load(w.entropy + row) : 0.0f};
-        plan_gradient<kCapped>(state, at, sum, slow, g, h, element(plan.x[kPolicy], w.policy.dtype, plan.label));
+        plan_gradient<kCapped>(state, at, sum, slow, g, h, element(x, w.policy.dtype, label));
     }
     device::block_barrier();
-    Forward f;
-    f.vocabulary = w.vocabulary;
-    write_global<kCapped>(f, plan, w.gradient, state);
+    write_global<kCapped>(w.gradient, vocabulary, state);
 }
 
 }  // namespace cuda
