@@ -93,12 +93,26 @@ def on_cpu(isa: str | None) -> tuple[dict[str, Contender], dict[str, str]]:
 
 
 def with_gradient(contender: Contender) -> Contender:
-    """Forward, then the gradient of ``sum(logprobs * advantages)`` in the policy's logits."""
+    """Forward, then the gradient of ``-sum(logprobs * advantages)`` in the policy's logits."""
 
     def run(policy: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         policy = policy.detach().requires_grad_()
         logprobs, advantages = contender(policy, *rest)
-        (gradient,) = torch.autograd.grad((logprobs * advantages).sum(), policy)
+        (gradient,) = torch.autograd.grad(-(logprobs * advantages).sum(), policy)
         return logprobs.detach(), gradient
+
+    return run
+
+
+def fused(backend: str) -> Contender:
+    """The same gradient from the fused loss, on policy."""
+
+    def run(policy: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        policy = policy.detach().requires_grad_()
+        out = cepo_kernels.contrastive_policy_loss(
+            policy, *rest, lam=LAM, eps_w=EPS_W, denominator=1.0, backend=backend
+        )
+        (gradient,) = torch.autograd.grad(out.loss, policy)
+        return out.credit.logprobs, gradient
 
     return run

@@ -180,7 +180,7 @@ class LossConfig:
     """How does the policy move?
 
     Args:
-        name: clipped.
+        name: clipped or cispo.
         clip_low: lower clip of the ratio.
         clip_high: upper clip of the ratio.
         average: token, sequence or constant.

@@ -29,7 +29,7 @@ class Parts:
     advantage: Callable[[Tensor], Tensor]
     credit: Callable[..., Any]
     teachers: tuple[str, ...]
-    loss: Callable[..., Any]
+    surrogate: str
 
     @property
     def max_new_tokens(self) -> int:
@@ -57,7 +57,7 @@ def load_parts(config: Config, model: str | None = None) -> Parts:
         axes.lookup("advantages", config.advantage.name),
         axes.lookup("credit", config.credit.name),
         axes.module("credit", config.credit.name).TEACHERS,
-        axes.lookup("losses", config.loss.name),
+        axes.module("losses", config.loss.name).SURROGATE,
     )
 
 

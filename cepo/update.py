@@ -15,7 +15,7 @@ from cepo.parts import Parts
 from cepo.policy import response_logits
 from cepo.rollout import Rollouts
 from cepo.teacher import NO_TEACHERS, Teachers, teacher_logits
-from cepo_kernels import ContrastiveLogprobs, token_logprobs
+from cepo_kernels import ContrastiveLogprobs, PolicyLoss, contrastive_logprobs, contrastive_policy_loss
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,21 @@ def update(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Move the policy on one batch, `updates_per_batch` times.
 
-    Credit and old log-probs come from the first round, whose kernel call also gives the first update its gradient;
-    later rounds only ask for log-probs. Returns the tokens' statistics, packed, rollout after rollout, with NaN where
-    there is none; and the update's own.
+    Credit and old log-probs come from the first round; later rounds move the same token advantages. Each pass is one
+    kernel call, which leaves the loss and the gradient of the logits. Returns the tokens' statistics, packed, rollout
+    after rollout, with NaN where there is none; and the update's own.
     """
     config, model = parts.config, parts.policy.model
     active = (batch.advantages != 0) & (batch.weights > 0)
-    passes = [(rows, acts) for acts in (True, False) for rows in _passes(parts, active == acts)]
     everyone = list(range(len(batch.rollouts.responses)))
     owner = batch.per_token(torch.arange(len(everyone)), everyone)
     tokens: dict[str, Tensor] = {}
+    for rows in _passes(parts, ~active):
+        _scatter(tokens, look(parts, batch, rows, clock), torch.isin(owner, torch.tensor(rows)))
+    # Rows with A = 0 need no gradient and no teachers: the result is the same.
+    passes = [(rows, True) for rows in _passes(parts, active)]
+    if not config.teacher.skip:
+        passes += [(rows, False) for rows in _passes(parts, ~active)]
     behaviour: list[ContrastiveLogprobs] = []
     losses, norms, clipped = [], [], [torch.zeros(1)]
 
@@ -72,29 +77,16 @@ def update(
         optimizer.zero_grad()
         losses.append(0.0)
         for number, (rows, acts) in enumerate(passes):
-            # Without a gradient and without teachers where A = 0: the result is the same.
-            full = acts or not config.teacher.skip
+            result = policy_loss(parts, batch, rows, None if round_ == 0 else behaviour[number], clock)
             if round_ == 0:
-                out = look(parts, batch, rows, full, clock)
-                behaviour.append(out)
-                _scatter(tokens, out, torch.isin(owner, torch.tensor(rows)), acts)
-                logprobs = out.logprobs
-            elif full:
-                logprobs = look_again(parts, batch, rows, clock)
-            if full:
-                with clock.phase("update"):
-                    result = parts.loss(
-                        logprobs,
-                        behaviour[number].logprobs.detach(),
-                        behaviour[number].advantages,
-                        batch.per_token(batch.weights, rows).to(logprobs.device),
-                        clip_low=config.loss.clip_low,
-                        clip_high=config.loss.clip_high,
-                    )
-                    result.loss.backward()
-                    losses[-1] += result.loss.item()
-                    if acts:
-                        clipped.append(result.clipped.float().cpu())
+                behaviour.append(result.credit)
+                if acts:
+                    _scatter(tokens, result.credit, torch.isin(owner, torch.tensor(rows)))
+            with clock.phase("update"):
+                result.loss.backward()
+                losses[-1] += result.loss.item()
+            if acts:
+                clipped.append(result.clipped.float().cpu())
         if active.any():  # a batch in which every group agrees says nothing, and must not move the weights either
             with clock.phase("update"):
                 norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm).item())
@@ -104,52 +96,69 @@ def update(
     return tokens, {**statistics, "ratio_clipped": mean(torch.cat(clipped)[1:]) or 0.0}
 
 
-def look(parts: Parts, batch: Batch, rows: list[int], full: bool, clock: Clock) -> ContrastiveLogprobs:
-    """Read the responses of `rows` as policy and, if `full`, as teachers; the kernel makes token advantages of it."""
+@torch.no_grad()
+def look(parts: Parts, batch: Batch, rows: list[int], clock: Clock) -> ContrastiveLogprobs:
+    """The entropy of responses that teach nothing, for the record."""
+    with clock.phase("policy"):
+        logits = response_logits(parts.policy, batch.prompts(rows), batch.responses(rows))
+    with clock.phase("credit"):
+        labels = _labels(batch, rows, logits.device)
+        return contrastive_logprobs(logits, None, None, labels, return_entropy=True, **_kernel_options(parts))
+
+
+def policy_loss(
+    parts: Parts, batch: Batch, rows: list[int], behaviour: ContrastiveLogprobs | None, clock: Clock
+) -> PolicyLoss:
+    """The loss on the responses of `rows`: with their credit if `behaviour` is None, else with the one it holds.
+
+    For credit the model reads the responses as policy and as teachers; one kernel makes log-probs, token advantages,
+    loss and gradient of the three.
+    """
     config, policy, told = parts.config, parts.policy, NO_TEACHERS
-    responses = batch.responses(rows)
-    if full and batch.teachers is not None:
+    if behaviour is None and batch.teachers is not None:
         with clock.phase("teacher"):
             told = teacher_logits(policy, config.teacher, batch.teachers, parts.teachers, batch.rollouts, rows)
-    with clock.phase("policy"), torch.set_grad_enabled(full):
-        logits = response_logits(policy, batch.prompts(rows), responses)
-    with clock.phase("credit"), torch.set_grad_enabled(full):
-        out: ContrastiveLogprobs = parts.credit(
+    with clock.phase("policy"):
+        logits = response_logits(policy, batch.prompts(rows), batch.responses(rows))
+    with clock.phase("credit"):
+        shared = {
+            "surrogate": parts.surrogate,
+            "clip_low": config.loss.clip_low,
+            "clip_high": config.loss.clip_high,
+            "token_weight": batch.per_token(batch.weights, rows).to(logits.device),
+            "denominator": 1.0,
+            "inplace_grad": True,
+            **_kernel_options(parts),
+        }
+        labels = _labels(batch, rows, logits.device)
+        if behaviour is not None:
+            assert behaviour.advantages is not None
+            return contrastive_policy_loss(
+                logits, None, None, labels, behaviour.advantages, behaviour.logprobs, **shared
+            )
+        result: PolicyLoss = parts.credit(
             logits,
             told.positive,
             told.negative,
-            _labels(responses, logits.device),
+            labels,
             batch.per_token(batch.advantages, rows).to(logits.device),
+            op=contrastive_policy_loss,
             negative_mask=told.negative_mask,
             lam=batch.lam,
             eps_w=config.credit.eps_w,
-            temperature=config.rollout.temperature,
             return_entropy=True,
-            inplace_grad=True,
-            backend=config.backend,
-            **policy.logit_options,
+            **shared,
         )
-    return out
+    return result
 
 
-def look_again(parts: Parts, batch: Batch, rows: list[int], clock: Clock) -> Tensor:
-    """Log-probs of the responses of `rows` under weights that have moved since their credit was decided."""
-    config, policy = parts.config, parts.policy
-    responses = batch.responses(rows)
-    with clock.phase("policy"):
-        logits = response_logits(policy, batch.prompts(rows), responses)
-    with clock.phase("credit"):
-        return token_logprobs(
-            logits,
-            _labels(responses, logits.device),
-            temperature=config.rollout.temperature,
-            backend=config.backend,
-            **policy.logit_options,
-        ).logprobs
+def _kernel_options(parts: Parts) -> dict[str, Any]:
+    config = parts.config
+    return {"temperature": config.rollout.temperature, "backend": config.backend, **parts.policy.logit_options}
 
 
-def _labels(responses: list[list[int]], device: torch.device) -> Tensor:
-    return torch.tensor([token for ids in responses for token in ids], device=device)
+def _labels(batch: Batch, rows: list[int], device: torch.device) -> Tensor:
+    return torch.tensor([token for ids in batch.responses(rows) for token in ids], device=device)
 
 
 def _passes(parts: Parts, chosen: Tensor) -> list[list[int]]:
@@ -159,9 +168,8 @@ def _passes(parts: Parts, chosen: Tensor) -> list[list[int]]:
     return [rows.tolist() for rows in groups if rows.numel()]
 
 
-def _scatter(tokens: dict[str, Tensor], out: ContrastiveLogprobs, places: Tensor, acts: bool) -> None:
+def _scatter(tokens: dict[str, Tensor], out: ContrastiveLogprobs, places: Tensor) -> None:
     """Put packed values of some rollouts in their places, (N,) bool, among the tokens of all."""
-    values = {"entropy": out.entropy, **({"evidence": out.evidence, "weight": out.weight} if acts else {})}
-    for name, value in values.items():
+    for name, value in (("entropy", out.entropy), ("evidence", out.evidence), ("weight", out.weight)):
         if value is not None:
             tokens.setdefault(name, torch.full(places.shape, float("nan")))[places] = value.detach().float().cpu()

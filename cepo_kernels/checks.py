@@ -119,6 +119,23 @@ def check_credit_values(lam: Tensor, eps_w: Tensor) -> None:
     _within("eps_w", eps_w, "a number in [0, 1)", lambda v: 0 <= v < 1)
 
 
+def check_surrogate(surrogate: str, known: tuple[str, ...]) -> None:
+    if surrogate not in known:
+        hint = "; sequence-level ratios need contrastive_logprobs" if surrogate in ("gspo", "sequence") else ""
+        raise ValueError(f"surrogate: expected one of {', '.join(known)}; got {surrogate!r}{hint}")
+
+
+def check_loss_values(
+    clip_low: Tensor, clip_high: Tensor, kl_coef: Tensor, entropy_coef: Tensor, denominator: Tensor
+) -> None:
+    """Values that live on the CPU, as in `check_values`."""
+    _within("clip_low", clip_low, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+    _within("clip_high", clip_high, "a number of at least 0", lambda v: v >= 0)
+    _within("kl_coef", kl_coef, "a finite number", lambda v: abs(v) < float("inf"))
+    _within("entropy_coef", entropy_coef, "a finite number", lambda v: abs(v) < float("inf"))
+    _within("denominator", denominator, "a positive finite number", lambda v: 0 < v < float("inf"))
+
+
 def check_in_place(policy: Tensor, teachers: dict[str, Tensor | None]) -> None:
     """The gradient may be written over ``policy`` only if nobody else needs those bytes."""
     if policy.is_leaf:

@@ -6,7 +6,8 @@ gradient of the policy's logits from two (N,) upstream gradients, ``logits_grad_
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,26 +18,26 @@ from .rows import BackwardInputs, ForwardInputs, ForwardOutputs, RowOptions, blo
 
 STATS = 4
 
-_OPTIONS = "Tensor temperature, Tensor logit_scale, Tensor? logit_softcap, int ignore_index"
+OPTIONS = "Tensor temperature, Tensor logit_scale, Tensor? logit_softcap, int ignore_index"
 _BACKWARD = (
     "Tensor labels, Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor stats, "
-    f"{_OPTIONS}, str backend"
+    f"{OPTIONS}, str backend"
 )
-_library = torch.library.Library("cepo_kernels", "DEF")
-_library.define(
+library = torch.library.Library("cepo_kernels", "DEF")
+library.define(
     "forward(Tensor policy, Tensor? positive, Tensor? negative, Tensor labels, Tensor? advantages, "
-    f"Tensor? negative_mask, Tensor lam, Tensor eps_w, {_OPTIONS}, bool return_entropy, str backend) -> "
+    f"Tensor? negative_mask, Tensor lam, Tensor eps_w, {OPTIONS}, bool return_entropy, str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define(f"logits_grad(Tensor policy, {_BACKWARD}) -> Tensor")
-_library.define(f"logits_grad_(Tensor(a!) policy, {_BACKWARD}) -> ()")
+library.define(f"logits_grad(Tensor policy, {_BACKWARD}) -> Tensor")
+library.define(f"logits_grad_(Tensor(a!) policy, {_BACKWARD}) -> ()")
 
 forward = torch.ops.cepo_kernels.forward.default
 logits_grad = torch.ops.cepo_kernels.logits_grad.default
 logits_grad_ = torch.ops.cepo_kernels.logits_grad_.default
 
 
-def _forward_buffers(
+def forward_buffers(
     policy: Tensor,
     positive: Tensor | None,
     negative: Tensor | None,
@@ -82,33 +83,41 @@ def _forward(
     return_entropy: bool,
     backend: str,
 ) -> ForwardOutputs:
-    outputs = _forward_buffers(policy, positive, negative, labels, advantages, return_entropy, backend)
+    outputs = forward_buffers(policy, positive, negative, labels, advantages, return_entropy, backend)
     chosen = backends.choose(backend, policy.device.type, outputs.logprobs.dtype)
     check_values(labels, ignore_index, lam, eps_w, temperature, logit_scale, logit_softcap)
     if labels.numel() == 0:
         return outputs
-    flat_labels = row_values(labels, labels.shape, torch.int64)
-    flat_advantages = row_values(advantages, labels.shape, outputs.logprobs.dtype)
-    flat_mask = row_values(negative_mask, labels.shape, torch.bool)
-    temperature = _row_temperature(temperature, labels)
-    for rows, (policy_rows, positive_rows, negative_rows) in blocks([policy, positive, negative]):
-        assert policy_rows is not None
-        assert flat_labels is not None
-        chosen.forward(
-            ForwardInputs(
-                policy_rows,
-                positive_rows,
-                negative_rows,
-                _part(flat_labels, rows),
-                None if flat_advantages is None else _part(flat_advantages, rows),
-                None if flat_mask is None else _part(flat_mask, rows),
-                lam,
-                eps_w,
-                RowOptions(_part(temperature, rows), logit_scale, logit_softcap, ignore_index),
-            ),
-            outputs if rows is None else _part_of(outputs, rows),
-        )
+    options = RowOptions(temperature, logit_scale, logit_softcap, ignore_index)
+    for rows, inputs, _ in forward_inputs(
+        [policy, positive, negative], labels, advantages, negative_mask, lam, eps_w, options, outputs.logprobs.dtype
+    ):
+        chosen.forward(inputs, outputs if rows is None else part_of(outputs, rows))
     return outputs
+
+
+def forward_inputs(
+    logits: list[Tensor | None],
+    labels: Tensor,
+    advantages: Tensor | None,
+    negative_mask: Tensor | None,
+    lam: Tensor,
+    eps_w: Tensor,
+    options: RowOptions,
+    dtype: torch.dtype,
+) -> Iterator[tuple[slice | None, ForwardInputs, list[Tensor | None]]]:
+    """A backend's inputs, block by block: the rows it covers, policy and teachers, views of the other ``logits``."""
+    flat_labels = row_values(labels, labels.shape, torch.int64)
+    flat_advantages = row_values(advantages, labels.shape, dtype)
+    flat_mask = row_values(negative_mask, labels.shape, torch.bool)
+    temperature = row_temperature(options.temperature, labels)
+    for rows, (policy, positive, negative, *others) in blocks(logits):
+        assert policy is not None
+        inputs = ForwardInputs(
+            policy, positive, negative, part(flat_labels, rows), part(flat_advantages, rows), part(flat_mask, rows),
+            lam, eps_w, options._replace(temperature=part(temperature, rows)),
+        )  # fmt: skip
+        yield rows, inputs, others
 
 
 def _write_gradient(
@@ -132,22 +141,21 @@ def _write_gradient(
     flat_labels = row_values(labels, labels.shape, torch.int64)
     flat_logprobs_grad = row_values(grad_logprobs, labels.shape, logprobs.dtype)
     flat_entropy_grad = row_values(grad_entropy, labels.shape, logprobs.dtype)
-    temperature = _row_temperature(temperature, labels)
+    temperature = row_temperature(temperature, labels)
     for rows, (gradient_rows, policy_rows) in blocks([gradient, policy]):
         assert gradient_rows is not None
         assert policy_rows is not None
-        assert flat_labels is not None
         chosen.backward(
             BackwardInputs(
                 gradient_rows,
                 policy_rows,
-                _part(flat_labels, rows),
-                None if flat_logprobs_grad is None else _part(flat_logprobs_grad, rows),
-                None if flat_entropy_grad is None else _part(flat_entropy_grad, rows),
-                _part(logprobs, rows),
-                _part(entropy, rows),
+                part(flat_labels, rows),
+                part(flat_logprobs_grad, rows),
+                part(flat_entropy_grad, rows),
+                part(logprobs, rows),
+                part(entropy, rows),
                 stats if rows is None else stats[rows],
-                RowOptions(_part(temperature, rows), logit_scale, logit_softcap, ignore_index),
+                RowOptions(part(temperature, rows), logit_scale, logit_softcap, ignore_index),
             )
         )
 
@@ -163,22 +171,24 @@ def _logits_grad_in_place(policy: Tensor, *rest: Any) -> None:
     torch.autograd.graph.increment_version(policy)
 
 
-def _row_temperature(temperature: Tensor, labels: Tensor) -> Tensor:
-    if temperature.ndim == 0:
-        return temperature
-    return temperature.detach().expand(labels.shape).reshape(-1).contiguous()
+def row_temperature(temperature: Tensor, labels: Tensor) -> Tensor:
+    return temperature if temperature.ndim == 0 else row_values(temperature, labels.shape, temperature.dtype)
 
 
-def _part(values: Tensor, rows: slice | None) -> Tensor:
-    """The values of a block's rows; what is 0-d or empty stands for every row."""
-    if rows is None or values.ndim == 0 or values.numel() == 0:
+@overload
+def part(values: Tensor, rows: slice | None) -> Tensor: ...
+@overload
+def part(values: Tensor | None, rows: slice | None) -> Tensor | None: ...
+def part(values: Tensor | None, rows: slice | None) -> Tensor | None:
+    """The values of a block's rows; what is absent, 0-d or empty stands for every row."""
+    if values is None or rows is None or values.ndim == 0 or values.numel() == 0:
         return values
     return values.reshape(-1)[rows]
 
 
-def _part_of(outputs: ForwardOutputs, rows: slice) -> ForwardOutputs:
+def part_of(outputs: ForwardOutputs, rows: slice) -> ForwardOutputs:
     *values, stats = outputs
-    return ForwardOutputs(*[*(_part(buffer, rows) for buffer in values), stats[rows]])
+    return ForwardOutputs(*[*(part(buffer, rows) for buffer in values), stats[rows]])
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -219,13 +229,11 @@ def _refuse_second_order(ctx: Any, *grads: Any) -> None:
     raise RuntimeError("cepo_kernels computes first-order gradients only: a second derivative was asked for")
 
 
-_library.impl("forward", _forward, "CompositeExplicitAutograd")
-_library.impl("logits_grad", _logits_grad, "CompositeExplicitAutograd")
-_library.impl("logits_grad_", _logits_grad_in_place, "CompositeExplicitAutograd")
-torch.library.register_fake("cepo_kernels::forward", lambda *a: tuple(_forward_buffers(*a)), lib=_library)
-torch.library.register_fake(
-    "cepo_kernels::logits_grad", lambda policy, *_: policy.new_empty(policy.shape), lib=_library
-)
-torch.library.register_fake("cepo_kernels::logits_grad_", lambda policy, *_: None, lib=_library)
-torch.library.register_autograd("cepo_kernels::forward", _backward, setup_context=save_for_backward, lib=_library)
-torch.library.register_autograd("cepo_kernels::logits_grad", _refuse_second_order, lib=_library)
+library.impl("forward", _forward, "CompositeExplicitAutograd")
+library.impl("logits_grad", _logits_grad, "CompositeExplicitAutograd")
+library.impl("logits_grad_", _logits_grad_in_place, "CompositeExplicitAutograd")
+torch.library.register_fake("cepo_kernels::forward", lambda *a: tuple(forward_buffers(*a)), lib=library)
+torch.library.register_fake("cepo_kernels::logits_grad", lambda policy, *_: policy.new_empty(policy.shape), lib=library)
+torch.library.register_fake("cepo_kernels::logits_grad_", lambda policy, *_: None, lib=library)
+torch.library.register_autograd("cepo_kernels::forward", _backward, setup_context=save_for_backward, lib=library)
+torch.library.register_autograd("cepo_kernels::logits_grad", _refuse_second_order, lib=library)

@@ -120,6 +120,44 @@ def credit(
     return Credit(evidence, weight, torch.where(advantages == 0, 0.0, advantages * ((1 - lam) + lam * weight)))
 
 
+class LossTerms(NamedTuple):
+    """Of N rows: the loss, what clipping did, and the loss's derivatives in log p and in the entropy."""
+
+    losses: Tensor
+    ratio: Tensor
+    clipped: Tensor
+    grad_logprobs: Tensor
+    grad_entropy: Tensor
+
+
+def loss_terms(
+    logprobs: Tensor, entropy: Tensor, advantages: Tensor, old_logprobs: Tensor, token_weight: Tensor,
+    ref_logprobs: Tensor, surrogate: str,
+    clip_low: Tensor, clip_high: Tensor, kl_coef: Tensor, entropy_coef: Tensor,
+) -> LossTerms:  # fmt: skip
+    """The clipped policy loss of N tokens, and its slopes, float64; `contrastive_policy_loss` has the formulas.
+
+    ``logprobs`` are rounded as the caller sees them, so that equal ``old_logprobs`` make the ratio exactly 1.
+    """
+    ratio = torch.where(logprobs == old_logprobs, 1.0, (logprobs - old_logprobs).exp())
+    low, high = 1 - clip_low, 1 + clip_high
+    any_sign = surrogate == "cispo"
+    below = (ratio < low) & (any_sign | (advantages < 0))
+    above = (ratio > high) & (any_sign | (advantages > 0))
+    clipped = below | above
+    pull = -token_weight * torch.where(below, low, torch.where(above, high, ratio)) * advantages
+    pull = torch.where(advantages == 0, 0.0, pull)
+    losses = torch.where(pull == 0, 0.0, pull * logprobs) if surrogate == "cispo" else pull
+    slope = pull if surrogate == "cispo" else torch.where(clipped, 0.0, pull)
+    if kl_coef != 0:
+        distance = torch.where(logprobs == ref_logprobs, 0.0, ref_logprobs - logprobs)
+        losses = losses + kl_coef * (distance.expm1() - distance)
+        slope = slope - kl_coef * distance.expm1()
+    if entropy_coef != 0:
+        losses = losses - entropy_coef * entropy
+    return LossTerms(losses, ratio, clipped, slope, -entropy_coef.expand_as(slope))
+
+
 def _product(probability: Tensor, factor: Tensor) -> Tensor:
     """``probability * factor`` with 0 times anything = 0, but NaN kept."""
     return torch.where(probability == 0, 0.0, probability * factor)

@@ -9,7 +9,7 @@ import torch
 
 from . import backends
 
-OPS = ("token_logprobs", "contrastive_logprobs")
+OPS = ("token_logprobs", "contrastive_logprobs", "contrastive_policy_loss")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -86,6 +86,10 @@ class LossOutputs(NamedTuple):
     gradient: Tensor | None  # (O, I, V) of the policy's dtype, divided by the denominator; None: none wanted
 
 
+@overload
+def row_values(value: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor: ...
+@overload
+def row_values(value: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None: ...
 def row_values(value: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
     """One value per row: ``value`` (0-d, or broadcastable dimension by dimension) as a contiguous (N,) of ``dtype``."""
     if value is None:

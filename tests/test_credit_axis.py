@@ -14,6 +14,7 @@ from cepo import axes
 from cepo.credit import lam_at
 from cepo.errors import InputError
 from cepo.losses import token_weights
+from cepo_kernels import contrastive_policy_loss
 
 V = 17
 cases = st.tuples(st.integers(0, 10_000), st.floats(0, 1), st.floats(0, 0.9), st.integers(1, 6))
@@ -125,6 +126,24 @@ def test_clipped_takes_the_lesser_of_the_free_and_the_held_gain() -> None:
     assert out.clipped.tolist() == [False, True, False, False, True]
     out.loss.backward()
     assert (logprobs.grad == 0).tolist() == out.clipped.tolist()
+
+
+@pytest.mark.parametrize("name", axes.members("losses"))
+def test_the_fused_kernel_computes_the_loss_that_the_axis_defines(name: str) -> None:
+    inputs = rows(3, 40)
+    generator = torch.Generator().manual_seed(4)
+    weights = torch.rand(40, generator=generator)
+    plain = credit("cepo", **inputs, lam=0.5, eps_w=0.5)
+    old = plain.logprobs.detach() + 0.4 * torch.randn(40, generator=generator)
+    want = axes.lookup("losses", name)(plain.logprobs, old, plain.advantages, weights)
+    surrogate = axes.module("losses", name).SURROGATE
+    got = contrastive_policy_loss(**inputs, old_logprobs=old, surrogate=surrogate, token_weight=weights, denominator=1)
+    torch.testing.assert_close(got.loss, want.loss)
+    torch.testing.assert_close(got.ratio, want.ratio)
+    assert torch.equal(got.clipped, want.clipped)
+    assert 0 < want.clipped.sum() < 40
+    gradients = [torch.autograd.grad(loss, inputs["policy_logits"])[0] for loss in (got.loss, want.loss)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_averages_weigh_tokens_rollouts_or_a_constant_length() -> None:

@@ -61,37 +61,43 @@ def test_skipping_the_teachers_changes_no_bit(name: str, share_prefix: bool) -> 
     assert forced_records[2]["evidence_right"] is not None
 
 
-def test_an_on_policy_ratio_is_exactly_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    ratios: list[Tensor] = []
-    clipped = axes.lookup("losses", "clipped")
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], Any]]:
+    """The positional arguments and the result of every fused loss that is computed."""
+    calls: list[tuple[tuple[Any, ...], Any]] = []
+    original = update.contrastive_policy_loss
 
     def spy(*args: Any, **options: Any) -> Any:
-        out = clipped(*args, **options)
-        ratios.append(out.ratio)
-        return out
+        result = original(*args, **options)
+        calls.append((args, result))
+        return result
 
-    parts = load_parts(small(train={"updates_per_batch": 2}))
-    parts = replace(parts, loss=spy)
-    # The same weights twice: the second round's log-probs come from another op and must have the same bits.
+    monkeypatch.setattr(update, "contrastive_policy_loss", spy)
+    return calls
+
+
+@pytest.mark.parametrize("loss", ["clipped", "cispo"])
+def test_an_on_policy_ratio_is_exactly_one(monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
+    calls = spied(monkeypatch)
+    parts = load_parts(small(train={"updates_per_batch": 2}, loss={"name": loss}))
+    # The same weights twice: the second round compares its log-probs with those of the first.
     optimizer = torch.optim.SGD(parts.policy.model.parameters(), lr=0.0)
     parts.config.train.lr = 0.0
     trainer.train_step(parts, optimizer, 1)
-    assert len(ratios) == 2
-    assert all((ratio == 1).all() for ratio in ratios)
+    assert len(calls) == 2
+    assert all((result.ratio == 1).all() for _, result in calls)
 
 
 def test_later_rounds_keep_the_credit_of_the_behaviour_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = {"look": 0, "look_again": 0}
-    for name in calls:
-        original = getattr(update, name)
-
-        def counted(*args: Any, name: str = name, original: Any = original) -> Any:
-            calls[name] += 1
-            return original(*args)
-
-        monkeypatch.setattr(update, name, counted)
+    calls = spied(monkeypatch)
     _, records = steps(small(train={"updates_per_batch": 3, "lr": 3e-3}), n=1)
-    assert calls == {"look": 2, "look_again": 2}  # one pass of active and one of idle rows, then active rows only
+    assert len(calls) == 3  # rows with A = 0 are in none
+    (first, behaviour), *later = calls
+    assert first[1] is not None
+    for (_, positive, negative, _, advantages, old), _ in later:
+        assert positive is None
+        assert negative is None
+        assert torch.equal(advantages, behaviour.credit.advantages)
+        assert torch.equal(old, behaviour.credit.logprobs)
     assert records[0]["ratio_clipped"] > 0
 
 
@@ -205,7 +211,7 @@ def test_look_reads_the_policy_as_token_logprobs_does() -> None:
     )
     batch = trainer.make_batch(parts, rollouts, torch.ones(24), None, 0.0)
     rows = [0, 5, 7]
-    out = update.look(parts, batch, rows, True, Clock(parts.policy.device))
+    out = update.policy_loss(parts, batch, rows, None, Clock(parts.policy.device)).credit
     logits = update.response_logits(parts.policy, batch.prompts(rows), batch.responses(rows))
     labels = torch.tensor([token for ids in batch.responses(rows) for token in ids])
     assert torch.equal(out.logprobs, token_logprobs(logits, labels).logprobs)

@@ -1,4 +1,4 @@
-"""The Triton backend: `triton_suite` in a process that interprets kernels, and in one that compiles them for a GPU."""
+"""The Triton backend: its suites in a process that interprets kernels, and in one that compiles them for a GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+SUITES = (HERE / "triton_suite.py", HERE / "test_policy_loss.py")
+CASES = "triton_suite or (triton and not vocabulary)"
 
 
 @pytest.mark.parametrize("interpreted", [True, pytest.param(False, marks=pytest.mark.gpu)], ids=["interpreter", "gpu"])
@@ -20,7 +22,7 @@ def test_the_suite_passes(interpreted):
     plugins = ["-p", "interpreter_rounding"] if interpreted else []
     if interpreted:
         environment["CUDA_VISIBLE_DEVICES"] = environment["HIP_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *plugins, str(HERE / "triton_suite.py")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *plugins, *map(str, SUITES), "-k", CASES]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout

@@ -248,3 +248,15 @@ def test_options_that_live_on_the_device_give_the_same_bits():
 
 def test_auto_never_interprets():
     assert "triton" not in backends.preference("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", oracle.NATIVE)
+@pytest.mark.parametrize("factor", [1.0, -3.0, 65536.0, NAN])
+def test_rescaling_is_a_product_and_at_one_nothing(dtype, factor):
+    gradient = rows(3, 5001, 1, dtype)
+    want = (gradient.float() * factor).to(dtype)
+    gradient = gradient.to(DEVICE)
+    backend.rescale(gradient, torch.tensor(factor, device=DEVICE))
+    gradient = gradient.cpu()
+    assert torch.equal(gradient.isnan(), want.isnan())
+    oracle.assert_same_bits(gradient.nan_to_num(), want.nan_to_num())

@@ -2,8 +2,8 @@
 
 Each member is a module with
 
-    <name>(policy_logits, positive_logits, negative_logits, labels, advantages, *, negative_mask, lam, eps_w,
-           **logit_options) -> ContrastiveLogprobs
+    <name>(policy_logits, positive_logits, negative_logits, labels, advantages, op=contrastive_logprobs, *,
+           negative_mask, lam, eps_w, **options)     what `op` returns; `contrastive_policy_loss` makes the loss too
     TEACHERS    which teachers it reads, among "positive" and "negative"
     EPS_W, LAM_STEPS    the published evidence clip, and the number of steps over which lambda falls to 0
 

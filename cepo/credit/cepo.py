@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from cepo_kernels import ContrastiveLogprobs, contrastive_logprobs
+from cepo_kernels import contrastive_logprobs
 
 TEACHERS: tuple[str, ...] = ("positive", "negative")
 EPS_W = 0.5
@@ -19,10 +20,11 @@ def cepo(
     negative_logits: Tensor | None,
     labels: Tensor,
     advantages: Tensor,
+    op: Callable[..., Any] = contrastive_logprobs,
     **options: Any,
-) -> ContrastiveLogprobs:
+) -> Any:
     """w = clip((P_T+ / P_T-)^sign(A), 1 - eps_w, 1 + eps_w), A_t = A ((1 - lam) + lam w).
 
     Where `negative_mask` is False (no wrong rollout in the group) the policy takes P_T-'s place, which is RLSD.
     """
-    return contrastive_logprobs(policy_logits, positive_logits, negative_logits, labels, advantages, **options)
+    return op(policy_logits, positive_logits, negative_logits, labels, advantages, **options)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from cepo_kernels import ContrastiveLogprobs, contrastive_logprobs
+from cepo_kernels import contrastive_logprobs
 
 TEACHERS: tuple[str, ...] = ("positive",)
 EPS_W = 0.2
@@ -19,7 +20,8 @@ def rlsd(
     negative_logits: Tensor | None,
     labels: Tensor,
     advantages: Tensor,
+    op: Callable[..., Any] = contrastive_logprobs,
     **options: Any,
-) -> ContrastiveLogprobs:
+) -> Any:
     """w = clip((P_T+ / P_S)^sign(A), 1 - eps_w, 1 + eps_w), A_t = A ((1 - lam) + lam w). P_S is the policy itself."""
-    return contrastive_logprobs(policy_logits, positive_logits, None, labels, advantages, **options)
+    return op(policy_logits, positive_logits, None, labels, advantages, **options)

@@ -1,6 +1,7 @@
 """How does the policy move? `f(logprobs, old_logprobs, advantages, token_weights, **options) -> Loss`.
 
-Each member is a module with a function of its own name. All tensors are (N,), one value per response token.
+Each member is a module with a function of its own name, which defines it, and `SURROGATE`, what the fused kernel behind
+`cepo_kernels.contrastive_policy_loss` calls it; the trainer runs that. All tensors are (N,), one per response token.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from cepo.losses import Loss
 
+SURROGATE = "ppo"
+
 
 def clipped(
     logprobs: Tensor,

@@ -1,7 +1,8 @@
 """One module per backend, and the choice between them.
 
-A backend module has three functions: ``unavailable(device_type) -> str | None`` (None, or why it cannot run there),
-``forward(ForwardInputs, ForwardOutputs)`` and ``backward(BackwardInputs)``. It never checks arguments: the op did.
+A backend module has four functions: ``unavailable(device_type) -> str | None`` (None, or why it cannot run there),
+``forward(ForwardInputs, ForwardOutputs)``, ``backward(BackwardInputs)`` and ``policy_loss(LossInputs, LossOutputs)``.
+It never checks arguments: the op did.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Protocol, cast
 
 import torch
 
-from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs
+from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs
 
 logger = logging.getLogger("cepo_kernels")
 
@@ -24,11 +25,12 @@ _PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 
 
 class Backend(Protocol):
-    """The three functions of a backend module."""
+    """The four functions of a backend module."""
 
     unavailable: Callable[[str], str | None]
     forward: Callable[[ForwardInputs, ForwardOutputs], None]
     backward: Callable[[BackwardInputs], None]
+    policy_loss: Callable[[LossInputs, LossOutputs], None]
 
 
 @cache

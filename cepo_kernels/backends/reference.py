@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_label_range
-from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, RowOptions
+from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions
 
 _ELEMENTS = 1 << 22  # per chunk; several float64 temporaries of this size are alive at once
 
@@ -72,6 +72,44 @@ def backward(inputs: BackwardInputs) -> None:
             None if inputs.grad_entropy is None else inputs.grad_entropy[rows],
         )
         inputs.gradient[rows // inner, rows % inner] = gradient.to(inputs.gradient.dtype)
+
+
+def policy_loss(inputs: LossInputs, outputs: LossOutputs) -> None:
+    """Forward, the loss of its log-probs, and backward: the definition of what other backends fuse."""
+    given, made = inputs.forward, outputs.forward
+    assert given.advantages is not None
+    clip_low, clip_high, kl_coef, entropy_coef, denominator = (
+        x.to(made.logprobs.device).double() for x in inputs.numbers
+    )
+    idle = (given.advantages == 0) & (kl_coef == 0) & (entropy_coef == 0)
+    ignore_index = given.options.ignore_index
+    labels = given.labels.masked_fill(idle, ignore_index)
+    forward(given._replace(labels=labels), made)
+    logprobs = made.logprobs.view(-1)
+    entropy = made.entropy.view(-1) if made.entropy.numel() else torch.zeros_like(logprobs)
+
+    def per_row(value: Tensor | None, default: Tensor) -> Tensor:
+        return (default if value is None else value).double()
+
+    scored = labels != ignore_index
+    terms = reference.loss_terms(
+        logprobs.double(), entropy.double(), made.advantages.view(-1).double(),
+        per_row(inputs.old_logprobs, logprobs), per_row(inputs.token_weight, torch.ones_like(logprobs)),
+        per_row(inputs.ref_logprobs, logprobs), inputs.surrogate, clip_low, clip_high, kl_coef, entropy_coef,
+    )  # fmt: skip
+    for buffer, value in (
+        (outputs.losses, terms.losses),
+        (outputs.ratio, terms.ratio),
+        (outputs.clipped, terms.clipped),
+    ):
+        buffer.view(-1).copy_(torch.where(scored, value, 0))
+    if outputs.gradient is not None:
+        slopes = (terms.grad_logprobs / denominator, terms.grad_entropy / denominator)
+        backward(
+            BackwardInputs(
+                outputs.gradient, given.policy, labels, *slopes, made.logprobs, made.entropy, made.stats, given.options
+            )
+        )
 
 
 def _terms(logits: Tensor, rows: Tensor, labels: Tensor, options: RowOptions) -> reference.Rows:

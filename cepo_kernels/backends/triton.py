@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, RowOptions
+from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions
 
 # How columns are dealt to lanes is a function of V and of whether there is a cap, so that a row's bits are too. Four
 # lanes a thread and eight columns a lane keep 8 KB of bfloat16 in flight a program, and accumulators in registers.
 MAX_BLOCK, MIN_BLOCK, UNROLL = 512, 32, 8
+RESCALE_BLOCK = 4096
 # A product and a sum become one operation only where a kernel says so. Left to itself, ptxas spills a predicate or two
 # to fit one more program; 128 registers a thread still let four of them share a multiprocessor.
 COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -77,6 +78,34 @@ def backward(inputs: BackwardInputs) -> None:
         )  # fmt: skip
 
 
+def policy_loss(inputs: LossInputs, outputs: LossOutputs) -> None:
+    given, made, gradient = inputs.forward, outputs.forward, outputs.gradient
+    options = given.options
+    vocabulary = given.policy.shape[-1]
+    softcap = options.logit_softcap is not None
+    shape = row_shape(vocabulary, softcap)
+    values, numbers = _values([*_shared(options), given.lam, given.eps_w, *inputs.numbers], given.policy.device)
+    with _current(given.policy.device):
+        _loss_kernels().policy_loss_kernel[(given.labels.numel(),)](
+            given.policy, given.positive, given.negative,
+            given.labels, given.advantages, given.negative_mask, _per_row(options), values,
+            *(buffer if buffer.numel() else None for buffer in made[:-1]),
+            inputs.old_logprobs, inputs.token_weight, inputs.ref_logprobs,
+            outputs.losses, outputs.ratio, outputs.clipped, gradient,
+            *_strides(given.policy), *_strides(given.positive), *_strides(given.negative), *_strides(gradient),
+            given.policy.shape[1], vocabulary, options.ignore_index, *numbers,
+            CISPO=inputs.surrogate == "cispo", SOFTCAP=softcap, BLOCK=shape.block, UNROLL=shape.unroll,
+            BACKWARD_BLOCK=shape.backward_block, num_warps=shape.warps, **COMPILE_OPTIONS[_target()],
+        )  # fmt: skip
+
+
+def rescale(gradient: Tensor, factor: Tensor) -> None:
+    """``gradient *= factor``, 0-d on the same device, without waiting for it; at 1 nothing is read."""
+    size = gradient.numel()
+    with _current(gradient.device):
+        _loss_kernels().rescale_kernel[(-(-size // RESCALE_BLOCK),)](gradient, factor, size, BLOCK=RESCALE_BLOCK)
+
+
 class RowShape(NamedTuple):
     """How a forward program deals columns to lanes, and how many of a lane's it takes at once."""
 
@@ -102,6 +131,13 @@ def _kernels() -> Any:
     from . import triton_kernels
 
     return triton_kernels
+
+
+@functools.cache
+def _loss_kernels() -> Any:
+    from . import triton_policy_loss
+
+    return triton_policy_loss
 
 
 def _target() -> str:

@@ -4,5 +4,7 @@
 #include "rows.h"
 
 namespace cepo {
-Kernels avx512_kernels() { return {avx512::forward_rows, avx512::backward_rows, avx512::policy_loss_rows, avx512::sum_of}; }
+Kernels avx512_kernels() {
+    return {avx512::forward_rows, avx512::backward_rows, avx512::policy_loss_rows, avx512::sum_of};
+}
 }  // namespace cepo

@@ -4,5 +4,7 @@
 #include "rows.h"
 
 namespace cepo {
-Kernels portable_kernels() { return {portable::forward_rows, portable::backward_rows, portable::policy_loss_rows, portable::sum_of}; }
+Kernels portable_kernels() {
+    return {portable::forward_rows, portable::backward_rows, portable::policy_loss_rows, portable::sum_of};
+}
 }  // namespace cepo

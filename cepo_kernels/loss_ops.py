@@ -1,0 +1,155 @@
+"""The op behind `contrastive_policy_loss`, as `torch.library` knows it, and its in-place form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, ops
+from .rows import LossInputs, LossOutputs, RowOptions, row_values
+
+_ARGUMENTS = (
+    "Tensor? positive, Tensor? negative, Tensor labels, Tensor advantages, Tensor? old_logprobs, Tensor? token_weight, "
+    "Tensor? ref_logprobs, Tensor? negative_mask, Tensor lam, Tensor eps_w, Tensor clip_low, Tensor clip_high, "
+    f"Tensor kl_coef, Tensor entropy_coef, Tensor denominator, {ops.OPTIONS}, str surrogate, bool with_entropy"
+)
+_OUTPUTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
+ops.library.define(f"policy_loss(Tensor policy, {_ARGUMENTS}, bool with_gradient, str backend) -> ({_OUTPUTS})")
+ops.library.define(f"policy_loss_(Tensor(a!) policy, {_ARGUMENTS}, str backend) -> ({_OUTPUTS})")
+policy_loss = torch.ops.cepo_kernels.policy_loss.default
+policy_loss_ = torch.ops.cepo_kernels.policy_loss_.default
+
+
+def _buffers(
+    policy: Tensor, positive: Tensor | None, negative: Tensor | None, labels: Tensor, advantages: Tensor,
+    with_entropy: bool, with_gradient: bool,
+) -> LossOutputs:  # fmt: skip
+    forward = ops.forward_buffers(policy, positive, negative, labels, advantages, with_entropy, "")
+    return LossOutputs(
+        forward._replace(stats=forward.stats.new_empty(0)),
+        losses=torch.empty_like(forward.logprobs),
+        ratio=torch.empty_like(forward.logprobs),
+        clipped=torch.empty(labels.shape, dtype=torch.bool, device=labels.device),
+        gradient=torch.empty(policy.shape, dtype=policy.dtype, device=policy.device) if with_gradient else None,
+    )
+
+
+def _returned(loss: Tensor, outputs: LossOutputs, policy: Tensor) -> tuple[Tensor, ...]:
+    gradient = policy.new_empty(0) if outputs.gradient is None else outputs.gradient
+    return loss, outputs.ratio, outputs.clipped, gradient, *outputs.forward[:-1]
+
+
+def _run(policy: Tensor, arguments: tuple[Any, ...], in_place: bool, with_gradient: bool) -> tuple[Tensor, ...]:
+    (
+        positive, negative, labels, advantages, old_logprobs, token_weight, ref_logprobs, negative_mask, lam, eps_w,
+        clip_low, clip_high, kl_coef, entropy_coef, denominator,
+        temperature, logit_scale, logit_softcap, ignore_index, surrogate, with_entropy, backend,
+    ) = arguments  # fmt: skip
+    outputs = _buffers(policy, positive, negative, labels, advantages, with_entropy, with_gradient and not in_place)
+    dtype = outputs.losses.dtype
+    chosen = backends.choose(backend, policy.device.type, dtype)
+    checks.check_values(labels, ignore_index, lam, eps_w, temperature, logit_scale, logit_softcap)
+    checks.check_loss_values(clip_low, clip_high, kl_coef, entropy_coef, denominator)
+    gradient = policy if in_place else outputs.gradient
+    old_logprobs = row_values(old_logprobs, labels.shape, dtype)
+    token_weight = row_values(token_weight, labels.shape, dtype)
+    ref_logprobs = row_values(ref_logprobs, labels.shape, dtype)
+    numbers = (clip_low, clip_high, kl_coef, entropy_coef, denominator)
+    options = RowOptions(temperature, logit_scale, logit_softcap, ignore_index)
+    if labels.numel():
+        for rows, inputs, (gradient_rows,) in ops.forward_inputs(
+            [policy, positive, negative, gradient], labels, advantages, negative_mask, lam, eps_w, options, dtype
+        ):
+            chosen.policy_loss(
+                LossInputs(
+                    inputs, ops.part(old_logprobs, rows), ops.part(token_weight, rows), ops.part(ref_logprobs, rows),
+                    surrogate, numbers,
+                ),
+                LossOutputs(
+                    outputs.forward if rows is None else ops.part_of(outputs.forward, rows),
+                    ops.part(outputs.losses, rows), ops.part(outputs.ratio, rows), ops.part(outputs.clipped, rows),
+                    gradient_rows,
+                ),
+            )  # fmt: skip
+    loss = outputs.losses.sum(dtype=torch.float64) / denominator.to(outputs.losses.device, torch.float64)
+    return _returned(loss.to(dtype), outputs, policy)
+
+
+def _policy_loss(policy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *arguments, with_gradient, backend = rest
+    return _run(policy, (*arguments, backend), False, with_gradient)
+
+
+def _policy_loss_in_place(policy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _run(policy, rest, True, True)
+
+
+def _fake(policy: Tensor, positive: Tensor | None, negative: Tensor | None, labels: Tensor, advantages: Tensor,
+          *rest: Any) -> tuple[Tensor, ...]:  # fmt: skip
+    *_, with_entropy, with_gradient, _ = rest
+    outputs = _buffers(policy, positive, negative, labels, advantages, with_entropy, with_gradient)
+    return _returned(outputs.losses.new_empty(()), outputs, policy)
+
+
+def _rescaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
+    """The gradient times what came from above, in place; nothing is done at 1, and no device is waited for."""
+    if upstream.device.type == "cpu":
+        if (factor := float(upstream)) != 1.0:
+            gradient.mul_(factor)
+        return gradient
+    rescale = getattr(backends.choose(backend, gradient.device.type, upstream.dtype), "rescale", None)
+    if rescale is not None and gradient.is_contiguous():
+        rescale(gradient, upstream)
+    else:
+        gradient.mul_(upstream)
+    return gradient
+
+
+class Fused(torch.autograd.Function):
+    """Outside `torch.compile`: the gradient is kept, once, and given away."""
+
+    @staticmethod
+    def forward(ctx: Any, policy: Tensor, in_place: bool, *arguments: Any) -> tuple[Tensor, ...]:
+        *rest, backend = arguments
+        ctx.backend = backend
+        detached = policy.detach()
+        if in_place:
+            output = policy_loss_(detached, *rest, backend)
+            ctx.gradient = detached
+        else:
+            output = policy_loss(detached, *rest, True, backend)
+            ctx.gradient = output[3]
+        loss, ratio, clipped, _, *others = output
+        absent = loss.new_empty(0)
+        ctx.mark_non_differentiable(ratio, clipped, absent, *others)
+        ctx.set_materialize_grads(False)
+        return loss, ratio, clipped, absent, *others
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.gradient is None:
+            raise RuntimeError("contrastive_policy_loss: the first backward took the gradient; compute the loss again")
+        gradient, ctx.gradient = ctx.gradient, None
+        return None if upstream is None else _rescaled(gradient, upstream, ctx.backend), *(None,) * 23
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[3])
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return None if upstream is None else (gradient * upstream).to(gradient.dtype), *(None,) * 23
+
+
+ops.library.impl("policy_loss", _policy_loss, "CompositeExplicitAutograd")
+ops.library.impl("policy_loss_", _policy_loss_in_place, "CompositeExplicitAutograd")
+torch.library.register_fake("cepo_kernels::policy_loss", _fake, lib=ops.library)
+torch.library.register_fake(
+    "cepo_kernels::policy_loss_", lambda policy, *rest: _fake(policy, *rest[:-1], False, rest[-1]), lib=ops.library
+)
+torch.library.register_autograd("cepo_kernels::policy_loss", _backward, setup_context=_save, lib=ops.library)

@@ -1,0 +1,150 @@
+"""The policy's loss with token credit, and its gradient, in the one pass over the logits that the log-probs need."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, loss_ops
+from .contrastive import ContrastiveLogprobs
+
+SURROGATES = ("ppo", "cispo")
+
+
+class PolicyLoss(NamedTuple):
+    """Only ``loss`` is differentiable. The others are one value per row; ignored and idle rows are 0 (False)."""
+
+    loss: Tensor  # 0-d
+    credit: ContrastiveLogprobs
+    ratio: Tensor  # exp(logprobs - old_logprobs)
+    clipped: Tensor  # bool: the ratio was beyond a bound, and the bound took its place
+
+
+def contrastive_policy_loss(
+    policy_logits: Tensor,
+    positive_logits: Tensor | None,
+    negative_logits: Tensor | None,
+    labels: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    surrogate: str = "ppo",
+    clip_low: float | Tensor = 0.2,
+    clip_high: float | Tensor = 0.28,
+    token_weight: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float | Tensor = 0.0,
+    entropy_coef: float | Tensor = 0.0,
+    denominator: float | Tensor | None = None,
+    negative_mask: Tensor | None = None,
+    lam: float | Tensor = 0.5,
+    eps_w: float | Tensor = 0.5,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float | Tensor = 1.0,
+    logit_softcap: float | Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    inplace_grad: bool = False,
+    backend: str = "auto",
+) -> PolicyLoss:
+    """The clipped policy loss with the advantages of `contrastive_logprobs`; its gradient leaves in the same pass.
+
+    With ``r = exp(logprobs - old_logprobs)`` and ``c(r) = clip(r, 1 - clip_low, 1 + clip_high)``, a row's loss is
+    ``-token_weight min(r A, c(r) A)`` ("ppo": PPO, arXiv 1707.06347, with DAPO's two bounds, arXiv 2503.14476) or
+    ``-token_weight stop_gradient(c(r)) A logprobs`` ("cispo": arXiv 2506.13585), plus
+    ``kl_coef (exp(d) - 1 - d)``, ``d = ref_logprobs - logprobs`` (k3), minus ``entropy_coef entropy``. The loss is the
+    rows' sum over ``denominator``.
+
+    The ratio belongs to a token, as credit does: sequence-level ratios (GSPO) need all tokens of a rollout first, and
+    so `contrastive_logprobs`. The gradient is computed with the loss and handed over by the first backward; a second
+    one raises.
+
+    Args:
+        policy_logits, positive_logits, negative_logits, labels, negative_mask, lam, eps_w, temperature, logit_scale,
+            logit_softcap, ignore_index, return_entropy, backend: as for `contrastive_logprobs`.
+        advantages: group advantage A, floating; 0-d, or labels.ndim dimensions each 1 or equal. A row with A = 0 is
+            idle, that is not read and 0 in every output, unless a KL or entropy term acts on it.
+        old_logprobs: (...) log-probs of the policy that sampled; None: this one, so that the ratio is exactly 1.
+        surrogate: "ppo" or "cispo".
+        clip_low, clip_high: bounds of the ratio; clip_low in [0, 1], clip_high >= 0.
+        token_weight: multiplies the surrogate (importance correction); shapes as for ``advantages``.
+        ref_logprobs: (...) log-probs of the reference policy, needed when ``kl_coef`` is not 0.
+        kl_coef, entropy_coef: numbers or 0-d tensors.
+        denominator: number or 0-d tensor above 0; None: the number of rows that are not ignored, at least 1.
+        inplace_grad: write the gradient over ``policy_logits``, already in the forward: nobody may read them after.
+
+    Returns:
+        `PolicyLoss`, float32 (float64 if any logits are).
+
+    Raises:
+        TypeError, ValueError: an argument is malformed; the message says which, what was expected and what came.
+        RuntimeError: a named backend cannot run here, or a second backward.
+    """
+    checks.check_labels(labels)
+    checks.check_logits("policy_logits", policy_logits, labels)
+    checks.check_teacher("positive_logits", positive_logits, policy_logits, labels)
+    checks.check_teacher("negative_logits", negative_logits, policy_logits, labels)
+    checks.check_surrogate(surrogate, SURROGATES)
+    per_row = {"advantages": advantages, "old_logprobs": old_logprobs, "token_weight": token_weight,
+               "ref_logprobs": ref_logprobs}  # fmt: skip
+    if advantages is None:
+        raise TypeError("advantages: expected a tensor, got None")
+    for name, value in per_row.items():
+        checks.check_row_values(name, value, labels)
+    for name in ("old_logprobs", "ref_logprobs"):
+        value = per_row[name]
+        if value is not None and value.shape != labels.shape:
+            hint = "; sequence-level ratios need contrastive_logprobs" if name == "old_logprobs" else ""
+            raise ValueError(f"{name}: expected shape {tuple(labels.shape)}, got {tuple(value.shape)}{hint}")
+    checks.check_row_values("negative_mask", negative_mask, labels, boolean=True)
+    has_kl = isinstance(kl_coef, Tensor) or kl_coef != 0
+    if has_kl and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs: expected log-probs of the reference policy for kl_coef = {kl_coef}, got None")
+    has_entropy = isinstance(entropy_coef, Tensor) or entropy_coef != 0
+    if denominator is None:
+        denominator = (labels != ignore_index).sum().clamp(min=1).double()
+    if isinstance(temperature, Tensor):
+        checks.check_row_values("temperature", temperature, labels)
+    else:
+        temperature = checks.scalar("temperature", temperature)
+    given = (
+        positive_logits, negative_logits, labels, advantages, old_logprobs, token_weight,
+        ref_logprobs if has_kl else None, negative_mask,
+        checks.scalar("lam", lam), checks.scalar("eps_w", eps_w),
+        checks.scalar("clip_low", clip_low), checks.scalar("clip_high", clip_high), checks.scalar("kl_coef", kl_coef),
+        checks.scalar("entropy_coef", entropy_coef), checks.scalar("denominator", denominator),
+        temperature, checks.scalar("logit_scale", logit_scale),
+        None if logit_softcap is None else checks.scalar("logit_softcap", logit_softcap),
+        ignore_index, surrogate, return_entropy or has_entropy,
+    )  # fmt: skip
+    arguments = tuple(value.detach() if isinstance(value, Tensor) else value for value in given)
+    needs_gradient = torch.is_grad_enabled() and policy_logits.requires_grad
+    if torch.compiler.is_compiling():
+        output = loss_ops.policy_loss(policy_logits, *arguments, needs_gradient, backend)
+    elif needs_gradient:
+        if inplace_grad:
+            teachers = {"positive_logits": positive_logits, "negative_logits": negative_logits}
+            checks.check_in_place(policy_logits, teachers)
+        output = loss_ops.Fused.apply(policy_logits, inplace_grad, *arguments, backend)  # type: ignore[no-untyped-call]
+    else:
+        output = loss_ops.policy_loss(policy_logits, *arguments, False, backend)
+    loss, ratio, clipped, _, *credit = (value if index == 0 else value.detach() for index, value in enumerate(output))
+    return PolicyLoss(loss, _credit(credit, positive_logits, negative_logits, return_entropy), ratio, clipped)
+
+
+def _credit(
+    values: list[Tensor], positive_logits: Tensor | None, negative_logits: Tensor | None, return_entropy: bool
+) -> ContrastiveLogprobs:
+    logprobs, positive, negative, evidence, weight, advantages, entropy = values
+    has_evidence = positive_logits is not None
+    return ContrastiveLogprobs(
+        logprobs,
+        positive if has_evidence else None,
+        logprobs if negative_logits is None else negative,
+        evidence if has_evidence else None,
+        weight if has_evidence else None,
+        advantages,
+        entropy if return_entropy else None,
+    )
