@@ -33,7 +33,7 @@ SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 FLAGS = ["-std=c++17", "-DCEPO_EMULATE", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"]
 MODULE = "_cuda_emulated"
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
-NAMES = ("emulated", "emulated:values", "emulated:cluster")
+NAMES = ("emulated", "emulated:values", "emulated:auto")
 WRONG = -7.25  # stands where the kernels must not look
 
 
@@ -108,7 +108,6 @@ class Emulated:
         values, call = self._values(inputs.forward, call, numbers)
         if self.values:
             numbers = [WRONG, WRONG, WRONG, 1.0 if numbers[3] else 0.0, WRONG]
-        fits = self.kernel == "cluster" and outputs.gradient is not None
         module().policy_loss(
             *cpu._shape(inputs.forward.policy),
             call,
@@ -117,8 +116,8 @@ class Emulated:
             tuple(cpu._address(rows) for rows in (inputs.old_logprobs, inputs.token_weight, inputs.ref_logprobs)),
             (outputs.losses.data_ptr(), outputs.ratio.data_ptr(), outputs.clipped.data_ptr()),
             cpu._address(values),
-            "auto" if fits else "streaming",
-            fits,
+            self.kernel,
+            True,
             0,
         )
         del keep
@@ -146,7 +145,7 @@ def register() -> None:
     """Makes the emulated backends known by name, for this process."""
     if NAMES[0] in backends.NAMES:
         return
-    known = {"emulated": Emulated(), "emulated:values": Emulated(values=True), "emulated:cluster": Emulated("cluster")}
+    known = {"emulated": Emulated(), "emulated:values": Emulated(values=True), "emulated:auto": Emulated("auto")}
     load = backends.load
     backends.load = lambda name: known[name] if name in known else load(name)  # type: ignore[assignment]
     backends.NAMES = (*backends.NAMES, *NAMES)  # type: ignore[assignment]

@@ -13,11 +13,15 @@ void check(cudaError_t error) {
 }
 cudaStream_t stream_at(uintptr_t address) { return reinterpret_cast<cudaStream_t>(address); }
 
-cepo::cuda::Kernel kernel_of(const std::string& name) {
-    if (name == "auto") return cepo::cuda::Kernel::kAuto;
-    if (name == "streaming") return cepo::cuda::Kernel::kStreaming;
-    if (name == "cluster") return cepo::cuda::Kernel::kCluster;
-    throw std::invalid_argument("kernel: expected \"auto\", \"streaming\" or \"cluster\", got \"" + name + "\"");
+// "cluster" is whatever number of blocks is best.
+int kernel_of(const std::string& name) {
+    if (name == "auto") return cepo::cuda::kAuto;
+    if (name == "streaming") return cepo::cuda::kStreaming;
+    if (name == "cluster") return cepo::cuda::kCluster;
+    for (const int blocks : {2, 4, 8})
+        if (name == "cluster" + std::to_string(blocks)) return blocks;
+    throw std::invalid_argument("kernel: expected auto, streaming, cluster, cluster2, cluster4 or cluster8, got " +
+                                name);
 }
 
 // The tuples are those of the CPU's bindings. `values`: the address of ten float64 on the device, or 0 (see launch.h).
@@ -42,7 +46,7 @@ void policy_loss(int64_t rows, int64_t inner, int64_t vocabulary, const py::tupl
                  const py::tuple& opts, const py::tuple& row_values, const py::tuple& out, uintptr_t values,
                  const std::string& kernel, bool has_clusters, uintptr_t stream) {
     const cepo::PolicyLoss l = cepo::policy_loss_of(inner, vocabulary, call, gradient, opts, row_values, out);
-    const cepo::cuda::Kernel kind = kernel_of(kernel);
+    const int kind = kernel_of(kernel);
     py::gil_scoped_release release;
     check(cepo::cuda::policy_loss(l, rows, cepo::at<const double>(values), kind, has_clusters, stream_at(stream)));
 }

@@ -197,10 +197,19 @@ CEPO_DEVICE void redo_slowly(const Forward& f, RowState& state, int redo) {
     device::block_barrier();
 }
 
+// A lane's sums, met by those of its warp, to where `settle` finds them.
+CEPO_DEVICE void put_warp_sum(const LaneSum& lane, RowState& state, int tensor, int warp) {
+    const WarpSum sum = warp_sum(lane.s, lane.u, lane.c);
+    if (threadIdx.x % 32 != 0) return;
+    state.s[tensor][warp] = sum.s;
+    state.u[tensor][warp] = sum.u;
+    state.c[tensor][warp] = sum.c;
+}
+
 // The blocks of a row: here, one.
 struct OneBlock {
     CEPO_DEVICE bool writes() const { return true; }
-    CEPO_DEVICE const RowState& owner(const RowState& state, int) const { return state; }
+    CEPO_DEVICE const RowState& owner(RowState& state, int) const { return state; }
     CEPO_DEVICE void meet() const {}
 };
 

@@ -119,5 +119,20 @@ CEPO_DEVICE void slow_gradient(const RowState& state, const void* x, void* out, 
     }
 }
 
+// What of a gradient needs no sums in float32; false if it does.
+template <bool kCapped>
+CEPO_DEVICE bool write_plain(const Logits& gradient, int vocabulary, const RowState& state, int thread, int threads) {
+    const RowPlan& plan = state.plan;
+    const Gradient kind = state.gradient;
+    if (kind == Gradient::kFast) return false;
+    if (kind == Gradient::kSlow) {
+        slow_gradient<kCapped>(state, plan.x[kPolicy], plan.gradient, gradient.dtype, vocabulary, plan.label, thread,
+                               threads);
+    } else if (kind != Gradient::kNone) {
+        fill(gradient, plan.gradient, vocabulary, kind == Gradient::kZero ? 0.0f : NAN, thread, threads);
+    }
+    return true;
+}
+
 }  // namespace cuda
 }  // namespace cepo

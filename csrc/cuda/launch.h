@@ -7,20 +7,22 @@
 namespace cepo {
 namespace cuda {
 
-enum class Kernel : int { kAuto = 0, kStreaming = 1, kCluster = 2 };
+// Which kernel a fused loss takes: besides these, a cluster of exactly that many blocks.
+constexpr int kAuto = -1, kStreaming = 0, kCluster = 1;
 
 // `values`, where not null, points to numbers on the device that stand for the call's own: scale, softcap,
 // temperature, lam, eps_w, clip_low, clip_high, kl_coef, entropy_coef, denominator. The call's softcap and entropy_coef
 // then only say, by not being 0, that there is one. A label that is neither ignored nor a column makes its row NaN.
 cudaError_t forward(const Forward& call, int64_t rows, const double* values, cudaStream_t stream);
 cudaError_t backward(const Backward& call, int64_t rows, const double* values, cudaStream_t stream);
-// Refuses kCluster (cudaErrorInvalidValue) where `cluster_fits` says no.
-cudaError_t policy_loss(const PolicyLoss& call, int64_t rows, const double* values, Kernel kernel, bool has_clusters,
+// `has_clusters`: the device is of compute capability 9.0 or newer. A cluster where `cluster_takes` says no is refused
+// with cudaErrorInvalidValue.
+cudaError_t policy_loss(const PolicyLoss& call, int64_t rows, const double* values, int kernel, bool has_clusters,
                         cudaStream_t stream);
 
-// How many blocks a cluster would have for this call: 0 where the streaming kernel has to do it.
-int cluster_fits(const PolicyLoss& call);
-// The cluster kernel itself, with as many blocks.
+// Whether a cluster's blocks can hold the policy's row between them, and how many of them are best, 0 where none can.
+bool cluster_takes(const PolicyLoss& call, int64_t rows, int blocks);
+int best_cluster(const PolicyLoss& call, int64_t rows);
 cudaError_t cluster_policy_loss(const PolicyLoss& call, int64_t rows, const double* values, int blocks,
                                 cudaStream_t stream);
 

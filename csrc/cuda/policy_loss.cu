@@ -5,13 +5,16 @@
 namespace cepo {
 namespace cuda {
 
-cudaError_t policy_loss(const PolicyLoss& call, int64_t rows, const double* values, Kernel kind, bool has_clusters,
+cudaError_t policy_loss(const PolicyLoss& call, int64_t rows, const double* values, int kind, bool has_clusters,
                         cudaStream_t stream) {
     if (rows == 0) return cudaSuccess;
     if (!takes(rows, call.forward.vocabulary)) return cudaErrorInvalidValue;
-    const int blocks = kind != Kernel::kStreaming && has_clusters ? cluster_fits(call) : 0;
+    const int blocks = !has_clusters || kind == kStreaming     ? 0
+                       : kind == kAuto || kind == kCluster     ? best_cluster(call, rows)
+                       : cluster_takes(call, rows, kind) ? kind
+                                                               : 0;
     if (blocks > 0) return cluster_policy_loss(call, rows, values, blocks, stream);
-    if (kind == Kernel::kCluster) return cudaErrorInvalidValue;
+    if (kind != kAuto && kind != kStreaming) return cudaErrorInvalidValue;
     const bool entropy = call.forward.entropy != nullptr || call.entropy_coef != 0.0;
     const bool capped = call.forward.options.softcap > 0.0;
     const auto kernel = entropy ? (capped ? stream_rows<true, true, true> : stream_rows<true, true, false>)

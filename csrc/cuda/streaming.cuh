@@ -16,36 +16,19 @@ CEPO_DEVICE void scan_global(const void* x, int vocabulary, RowState& state, int
     const GlobalRow<T> row(x, thread, vocabulary);
     scan<T, kOwn, kEntropy, kCapped>(row, kStreamThreads, state.plan.label, state.transform, sums);
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-        const WarpSum sum = warp_sum(sums[i].s, sums[i].u, sums[i].c);
-        const int warp = (thread + i * kStreamThreads) / 32;
-        if (thread % 32 == 0) state.s[tensor][warp] = sum.s, state.u[tensor][warp] = sum.u, state.c[tensor][warp] = sum.c;
-    }
+    for (int i = 0; i < kOwn; ++i) put_warp_sum(sums[i], state, tensor, (thread + i * kStreamThreads) / 32);
 }
 
 template <bool kCapped>
 CEPO_DEVICE void write_global(const Logits& gradient, int vocabulary, const RowState& state) {
     const RowPlan& plan = state.plan;
     const int thread = threadIdx.x;
-    const void* const x = plan.x[kPolicy];
-    switch (state.gradient) {
-        case Gradient::kNone:
-            return;
-        case Gradient::kZero:
-            return fill(gradient, plan.gradient, vocabulary, 0.0f, thread, kStreamThreads);
-        case Gradient::kNaN:
-            return fill(gradient, plan.gradient, vocabulary, NAN, thread, kStreamThreads);
-        case Gradient::kSlow:
-            return slow_gradient<kCapped>(state, x, plan.gradient, gradient.dtype, vocabulary, plan.label, thread,
-                                          kStreamThreads);
-        default:
-            break;
-    }
+    if (write_plain<kCapped>(gradient, vocabulary, state, thread, kStreamThreads)) return;
     const Factors factors = factors_of(state);
     const auto write = [&](auto type) {
         using T = decltype(type);
-        write_gradient<T, kOwn, kCapped>(GlobalRow<T>(x, thread, vocabulary), plan.gradient, kStreamThreads, plan.label,
-                                         factors);
+        write_gradient<T, kOwn, kCapped>(GlobalRow<T>(plan.x[kPolicy], thread, vocabulary), plan.gradient,
+                                         kStreamThreads, plan.label, factors);
     };
     if (gradient.dtype == Dtype::kFloat32) return write(float{});
     if (gradient.dtype == Dtype::kBFloat16) return write(BFloat16{});
