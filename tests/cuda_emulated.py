@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cepo_kernels import backends
 from cepo_kernels.backends import cpu
-from cepo_kernels.rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs
+from cepo_kernels.rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
@@ -141,13 +141,54 @@ class Emulated:
         return values, (rows, WRONG, WRONG, 1.0 if softcap else 0.0, ignore_index)
 
 
+def row_gradient(logits: Tensor, labels: Tensor, g: float, h: float, out: Tensor) -> Tensor:
+    """The gradient of ``g log p + h H`` in (N, V) logits, written to ``out``, which may be the logits."""
+    count = logits.shape[0]
+    token = backends.load("emulated")
+    options = RowOptions(torch.ones(()), torch.ones(()), None, -100)
+    names = ForwardOutputs._fields
+    outputs = ForwardOutputs(**{name: torch.empty(count * (4 if name == "stats" else 1)) for name in names})
+    half = torch.full((), 0.5)
+    rows = logits[None]
+    token.forward(ForwardInputs(rows, None, None, labels, None, None, half, half, options), outputs)
+    upstream = (torch.full((count,), g), torch.full((count,), h))
+    found = (outputs.logprobs, outputs.entropy, outputs.stats)
+    token.backward(BackwardInputs(out[None], rows, labels, *upstream, *found, options))
+    return out
+
+
+def raw_loss(
+    kernel: str, policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor
+) -> dict[str, Tensor]:
+    """All that the fused loss writes, labels unchecked."""
+    count = len(labels)
+    options = RowOptions(torch.ones(()), torch.ones(()), None, -100)
+    forward = ForwardOutputs(*(torch.empty(count) for _ in ForwardOutputs._fields))._replace(stats=torch.empty(0))
+    outputs = LossOutputs(forward, torch.empty(count), torch.empty(count), torch.empty(count, dtype=torch.bool),
+                          torch.empty_like(policy)[None])  # fmt: skip
+    half = torch.full((), 0.5)
+    inputs = ForwardInputs(
+        policy[None], positive[None], negative[None], labels, advantages, None, half, half, options
+    )
+    Emulated(kernel).policy_loss(LossInputs(inputs, None, None, None, "ppo", (half, half, half, half, half)), outputs)
+    named = {**forward._asdict(), **outputs._asdict()}
+    return {name: value for name, value in named.items() if name not in ("forward", "stats")}
+
+
+KNOWN: dict[str, Emulated] = {
+    "emulated": Emulated(),
+    "emulated:values": Emulated(values=True),
+    "emulated:auto": Emulated("auto"),
+}
+
+
 def register() -> None:
     """Makes the emulated backends known by name, for this process."""
     if NAMES[0] in backends.NAMES:
         return
-    known = {"emulated": Emulated(), "emulated:values": Emulated(values=True), "emulated:auto": Emulated("auto")}
-    load = backends.load
-    backends.load = lambda name: known[name] if name in known else load(name)  # type: ignore[assignment]
+    load, choose = backends.load, backends.choose
+    backends.load = lambda name: KNOWN[name] if name in KNOWN else load(name)  # type: ignore[assignment]
+    backends.choose = lambda name, *rest: KNOWN[name] if name in KNOWN else choose(name, *rest)  # type: ignore
     backends.NAMES = (*backends.NAMES, *NAMES)  # type: ignore[assignment]
 
 

@@ -15,6 +15,7 @@ constexpr int kMostClusterThreads = 512;  // two blocks to a row at least
 struct ClusterState {
     RowState row;
     device::BulkBarrier arrived;
+    int rank;  // of the block
 };
 constexpr int kShareAt = (sizeof(ClusterState) + 127) / 128 * 128;
 
@@ -29,7 +30,6 @@ struct SharedRow {
     int pieces;
 
     CEPO_DEVICE int groups() const { return (pieces + kGroup * kLanes - 1) / (kGroup * kLanes); }
-    CEPO_DEVICE int all_groups() const { return groups(); }
     CEPO_DEVICE int piece_index(int group, int) const { return group * kGroup * kLanes + first; }
     CEPO_DEVICE void load(Group& out, int group, int) const {
         const unsigned char* at = own + group * kGroup * chunk_bytes;
@@ -39,7 +39,7 @@ struct SharedRow {
             if (piece_index(group, 0) + i * kLanes < pieces) out.pieces[i] = *reinterpret_cast<const uint4*>(at);
         }
     }
-    CEPO_DEVICE int present(int, int piece) const { return piece < pieces ? kPieceColumns<T> : 0; }
+    CEPO_DEVICE int present(int piece) const { return piece < pieces ? kPieceColumns<T> : 0; }
 };
 
 struct Cluster {
@@ -97,7 +97,8 @@ CEPO_DEVICE void cluster_row(const PolicyLoss& l, const Values& values) {
     RowState& state = shared.row;
     const Forward& f = l.forward;
     const int rank = static_cast<int>(device::cluster_rank()), thread = threadIdx.x;
-    const int threads = static_cast<int>(blockDim.x), lane = rank * threads + thread;
+    const int threads = static_cast<int>(blockDim.x);
+    const int lane = rank * threads + thread;
     const int vocabulary = static_cast<int>(f.vocabulary);
     const int64_t row = blockIdx.x / device::cluster_size();
     if (!plan_row<true>(l, values, row, lane, kLanes, state)) return;
@@ -105,31 +106,33 @@ CEPO_DEVICE void cluster_row(const PolicyLoss& l, const Values& values) {
         load_share(static_cast<const unsigned char*>(row_start(f.policy, f.inner, row)),
                    f.vocabulary * (f.policy.dtype == Dtype::kFloat32 ? 4 : 2), rank, &shared.arrived);
     }
+    if (thread == 0) shared.rank = rank;
     device::block_barrier();
+    const auto own_lane = [&] { return shared.rank * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x); };
 #pragma unroll 1
     for (int tensor = kNegative; tensor >= kPositive; --tensor) {
-        const void* const x = state.plan.x[tensor];
+        const void* const& x = state.plan.x[tensor];
         if (!x) continue;
         const Dtype dtype = state.plan.dtype[tensor];
         if (dtype == Dtype::kFloat32) {
-            scan_lane<float, false, kCapped>(GlobalRow<float>(x, lane, vocabulary), state, tensor);
+            scan_lane<float, false, kCapped>(GlobalRow<float>{x, own_lane(), vocabulary}, state, tensor);
         } else if (dtype == Dtype::kBFloat16) {
-            scan_lane<BFloat16, false, kCapped>(GlobalRow<BFloat16>(x, lane, vocabulary), state, tensor);
+            scan_lane<BFloat16, false, kCapped>(GlobalRow<BFloat16>{x, own_lane(), vocabulary}, state, tensor);
         } else {
-            scan_lane<Half, false, kCapped>(GlobalRow<Half>(x, lane, vocabulary), state, tensor);
+            scan_lane<Half, false, kCapped>(GlobalRow<Half>{x, own_lane(), vocabulary}, state, tensor);
         }
     }
     device::wait(&shared.arrived, 0);
-    with_share(state, vocabulary, lane, [&](const auto& share, auto type) {
+    with_share(state, vocabulary, own_lane(), [&](const auto& share, auto type) {
         scan_lane<decltype(type), kEntropy, kCapped>(share, state, kPolicy);
     });
-    const Cluster cluster{rank, threads / 32};
+    const Cluster cluster{shared.rank, static_cast<int>(blockDim.x) / 32};
     cluster.meet();
     settle<true, kEntropy, kCapped>(l, values, state, cluster);
     device::cluster_arrive();  // this block has read what it wants from the others
-    if (!write_plain<kCapped>(l.gradient, vocabulary, state, lane, kLanes)) {
+    if (!write_plain<kCapped>(l.gradient, vocabulary, state, own_lane(), kLanes)) {
         const Factors factors = factors_of(state);
-        with_share(state, vocabulary, lane, [&](const auto& share, auto type) {
+        with_share(state, vocabulary, own_lane(), [&](const auto& share, auto type) {
             write_gradient<decltype(type), 1, kCapped>(share, state.plan.gradient, 0, state.plan.label, factors);
         });
     }

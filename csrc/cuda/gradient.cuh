@@ -71,13 +71,13 @@ CEPO_DEVICE float column_gradient(float x, const Factors& f) {
 }
 
 template <class T, bool kCapped, class Row>
-CEPO_DEVICE void write_group(const Group& g, const Row& row, const OutRow<T>& out, int group, int piece, int label,
+CEPO_DEVICE void write_group(const Group& g, const Row& row, const OutRow<T>& out, int piece, int label,
                              const Factors& f) {
     constexpr int kColumns = kPieceColumns<T>;
     const int distance = label / kColumns - piece;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-        const int present = row.present(group, piece + i * kLanes);
+        const int present = row.present(piece + i * kLanes);
         if (present == 0) continue;
         float x[kColumns];
         unpack(g.pieces[i], x, T{});
@@ -98,11 +98,11 @@ template <class T, int kOwn, bool kCapped, class Row>
 CEPO_DEVICE void write_gradient(const Row& row, void* to, int apart, int label, const Factors& f) {
     const OutRow<T> out(to);
 #pragma unroll 1
-    for (int step = row.all_groups() * kOwn - 1; step >= 0; --step) {
+    for (int step = row.groups() * kOwn - 1; step >= 0; --step) {
         const int group = step / kOwn, own = step % kOwn * apart;
         Group g;
         row.load(g, group, own);
-        write_group<T, kCapped>(g, row, out, group, row.piece_index(group, own), label, f);
+        write_group<T, kCapped>(g, row, out, row.piece_index(group, own), label, f);
     }
 }
 

@@ -3,8 +3,7 @@
 // A row is cut into pieces of 16 bytes; piece i belongs to virtual lane i % 1024, whatever the kernel, the number of
 // threads and blocks, and the alignment, so a row's bits depend on its values, V and dtype alone. A lane takes its
 // pieces in small groups, in float32 relative to a reference of its own: the group's maximum comes first, the
-// reference is raised if that is too far above, then the terms are added. A last piece that V leaves incomplete is a
-// group by itself. Lanes meet in float64, first the 32 of a virtual warp, then the 32 warps.
+// reference is raised if that is too far above, then the terms are added. Lanes meet in float64, first the 32 of a virtual warp, then the 32 warps.
 #pragma once
 
 #include "types.cuh"
@@ -83,7 +82,6 @@ struct LaneSum {
     }
 };
 
-// Which columns of a group are none: the label's, and under a soft cap, where -inf is a number, all beyond the row.
 struct Group {
     uint4 pieces[kGroup];
 };
@@ -96,29 +94,24 @@ CEPO_DEVICE float top_of(const float (&x)[kColumns]) {
     return top;
 }
 
-// The complete pieces of a row in global memory, at any alignment of its elements. A row that does not start at 16
+// A row in global memory, at any alignment of its elements. A row that does not start at 16
 // bytes is put together from the two aligned units that a piece lies in, both of which hold some of its own bytes.
 template <class T>
 struct GlobalRow {
-    const unsigned char* units;  // the row's start, rounded down to 16 bytes
-    int shift;                   // bytes that were rounded off
-    int first;                   // this thread's first lane
+    const void* const& x;  // in shared memory, and read from there again and again: registers are what is scarce
+    int first;             // this thread's first lane
     int vocabulary;
 
-    CEPO_DEVICE GlobalRow(const void* x, int first, int vocabulary) : first(first), vocabulary(vocabulary) {
-        shift = static_cast<int>(reinterpret_cast<uintptr_t>(x) & 15);
-        units = static_cast<const unsigned char*>(x) - shift;
-    }
     CEPO_DEVICE int complete() const { return vocabulary / kPieceColumns<T>; }
-    CEPO_DEVICE int ragged() const { return vocabulary % kPieceColumns<T>; }
-    CEPO_DEVICE int groups() const { return (complete() + kGroup * kLanes - 1) / (kGroup * kLanes); }
-    // The incomplete piece's group comes after all others.
-    CEPO_DEVICE int all_groups() const { return groups() + (ragged() != 0); }
-    CEPO_DEVICE int piece_index(int group, int lane_offset) const {
-        return group == groups() ? complete() / kLanes * kLanes + first + lane_offset
-                                 : group * kGroup * kLanes + first + lane_offset;
+    CEPO_DEVICE int groups() const {
+        constexpr int kColumns = kGroup * kLanes * kPieceColumns<T>;
+        return (vocabulary + kColumns - 1) / kColumns;
     }
-    CEPO_DEVICE uint4 unaligned(const unsigned char* at) const {
+    CEPO_DEVICE int piece_index(int group, int lane_offset) const {
+        return group * kGroup * kLanes + first + lane_offset;
+    }
+    // `at` is aligned, `shift` how many bytes the row starts after such a place.
+    CEPO_DEVICE static uint4 unaligned(const unsigned char* at, int shift) {
         const uint4 low = device::load16_once(at), high = device::load16_once(at + 16);
         uint32_t w[7] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z}, last = high.w;
         if (shift & 8) w[0] = w[2], w[1] = w[3], w[2] = w[4], w[3] = w[5], w[4] = w[6], w[5] = last;
@@ -131,41 +124,48 @@ struct GlobalRow {
     }
     CEPO_DEVICE uint4 incomplete() const {
         uint4 piece = lowest_piece<T>();
-        const T* const x = reinterpret_cast<const T*>(units + shift);
+        const T* const start = static_cast<const T*>(x);
 #pragma unroll
         for (int i = 0; i + 1 < kPieceColumns<T>; ++i) {
             const int j = complete() * kPieceColumns<T> + i;
-            if (j < vocabulary) piece = with_column<T>(piece, i, repeated(device::load(x + j)));
+            if (j < vocabulary) piece = with_column<T>(piece, i, repeated(device::load(start + j)));
         }
         return piece;
     }
     CEPO_DEVICE void load(Group& out, int group, int lane_offset) const {
         const int piece = piece_index(group, lane_offset);
-        const unsigned char* const at = units + static_cast<int64_t>(piece) * 16;
+        const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(x) & 15);
+        const unsigned char* const at = static_cast<const unsigned char*>(x) - shift + static_cast<int64_t>(piece) * 16;
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) out.pieces[i] = lowest_piece<T>();
-        if (group >= groups()) {
-            if (piece == complete() && ragged() && group == groups()) out.pieces[0] = incomplete();
-        } else if (shift == 0) {
+        if (shift == 0) {
 #pragma unroll
             for (int i = 0; i < kGroup; ++i)
                 if (piece + i * kLanes < complete()) out.pieces[i] = device::load16_once(at + i * kLanes * 16);
         } else {
 #pragma unroll
             for (int i = 0; i < kGroup; ++i)
-                if (piece + i * kLanes < complete()) out.pieces[i] = unaligned(at + i * kLanes * 16);
+                if (piece + i * kLanes < complete()) out.pieces[i] = unaligned(at + i * kLanes * 16, shift);
+        }
+        const int distance = complete() - piece;
+        if (vocabulary % kPieceColumns<T> && static_cast<unsigned>(distance) < kGroup * kLanes &&
+            distance % kLanes == 0) {
+            const uint4 last = incomplete();
+#pragma unroll
+            for (int i = 0; i < kGroup; ++i)
+                if (distance == i * kLanes) out.pieces[i] = last;
         }
     }
-    // Columns of a piece of this group that exist.
-    CEPO_DEVICE int present(int group, int piece) const {
-        if (group < groups()) return piece < complete() ? kPieceColumns<T> : 0;
-        return piece == complete() && group == groups() ? ragged() : 0;
+    // Columns of a piece that exist.
+    CEPO_DEVICE int present(int piece) const {
+        const int left = vocabulary - piece * kPieceColumns<T>;
+        return left < 0 ? 0 : left < kPieceColumns<T> ? left : kPieceColumns<T>;
     }
 };
 
 // One group of one lane; `piece` is its first piece's index.
 template <class T, bool kEntropy, bool kCapped, class Row>
-CEPO_DEVICE void add_group(Group& g, const Row& row, int group, int piece, int label, const Transform& transform,
+CEPO_DEVICE void add_group(Group& g, const Row& row, int piece, const int& label, const Transform& transform,
                            LaneSum& sum) {
     constexpr int kColumns = kPieceColumns<T>;
     const int distance = label / kColumns - piece;  // from the group's first piece to the label's
@@ -174,7 +174,7 @@ CEPO_DEVICE void add_group(Group& g, const Row& row, int group, int piece, int l
     if (kCapped) {
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
-            const int present = row.present(group, piece + i * kLanes);
+            const int present = row.present(piece + i * kLanes);
             const int skipped = has_label && distance == i * kLanes ? label % kColumns : -1;
             unpack(g.pieces[i], x, T{});
 #pragma unroll
@@ -208,19 +208,19 @@ CEPO_DEVICE void add_group(Group& g, const Row& row, int group, int piece, int l
 // A thread's lanes: `row.first`, and for kOwn = 2 the one `apart` later. The next group is on its way while one is
 // added.
 template <class T, int kOwn, bool kEntropy, bool kCapped, class Row>
-CEPO_DEVICE void scan(const Row& row, int apart, int label, const Transform& transform, LaneSum (&sums)[kOwn]) {
+CEPO_DEVICE void scan(const Row& row, int apart, const int& label, const Transform& transform, LaneSum (&sums)[kOwn]) {
     static_assert(kOwn == 1 || kOwn == 2);
     constexpr int kSecond = kOwn - 1;
-    const int groups = row.all_groups();
+    const int groups = row.groups();
     Group a, b;
     row.load(a, 0, 0);
 #pragma unroll 1
     for (int group = 0; group < groups; group += 2 / kOwn) {
         const int next = group + 2 / kOwn, between = kOwn == 2 ? group : group + 1;
         row.load(b, between, kSecond * apart);
-        add_group<T, kEntropy, kCapped>(a, row, group, row.piece_index(group, 0), label, transform, sums[0]);
+        add_group<T, kEntropy, kCapped>(a, row, row.piece_index(group, 0), label, transform, sums[0]);
         row.load(a, next, 0);
-        add_group<T, kEntropy, kCapped>(b, row, between, row.piece_index(between, kSecond * apart), label, transform,
+        add_group<T, kEntropy, kCapped>(b, row, row.piece_index(between, kSecond * apart), label, transform,
                                         sums[kSecond]);
     }
 }

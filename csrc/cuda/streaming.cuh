@@ -10,10 +10,10 @@ constexpr int kStreamThreads = 512;
 constexpr int kOwn = kLanes / kStreamThreads;
 
 template <class T, bool kEntropy, bool kCapped>
-CEPO_DEVICE void scan_global(const void* x, int vocabulary, RowState& state, int tensor) {
+CEPO_DEVICE void scan_global(int vocabulary, RowState& state, int tensor) {
     LaneSum sums[kOwn];
     const int thread = threadIdx.x;
-    const GlobalRow<T> row(x, thread, vocabulary);
+    const GlobalRow<T> row{state.plan.x[tensor], thread, vocabulary};
     scan<T, kOwn, kEntropy, kCapped>(row, kStreamThreads, state.plan.label, state.transform, sums);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) put_warp_sum(sums[i], state, tensor, (thread + i * kStreamThreads) / 32);
@@ -27,7 +27,7 @@ CEPO_DEVICE void write_global(const Logits& gradient, int vocabulary, const RowS
     const Factors factors = factors_of(state);
     const auto write = [&](auto type) {
         using T = decltype(type);
-        write_gradient<T, kOwn, kCapped>(GlobalRow<T>(plan.x[kPolicy], thread, vocabulary), plan.gradient,
+        write_gradient<T, kOwn, kCapped>(GlobalRow<T>{plan.x[kPolicy], thread, vocabulary}, plan.gradient,
                                          kStreamThreads, plan.label, factors);
     };
     if (gradient.dtype == Dtype::kFloat32) return write(float{});
@@ -43,15 +43,14 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_rows(PolicyLoss l, V
     device::block_barrier();
 #pragma unroll 1
     for (int tensor = kTensors - 1; tensor >= 0; --tensor) {
-        const void* const x = state.plan.x[tensor];
-        if (!x) continue;
+        if (!state.plan.x[tensor]) continue;
         const Dtype dtype = state.plan.dtype[tensor];
         if (dtype == Dtype::kFloat32) {
-            scan_global<float, kEntropy, kCapped>(x, vocabulary, state, tensor);
+            scan_global<float, kEntropy, kCapped>(vocabulary, state, tensor);
         } else if (dtype == Dtype::kBFloat16) {
-            scan_global<BFloat16, kEntropy, kCapped>(x, vocabulary, state, tensor);
+            scan_global<BFloat16, kEntropy, kCapped>(vocabulary, state, tensor);
         } else {
-            scan_global<Half, kEntropy, kCapped>(x, vocabulary, state, tensor);
+            scan_global<Half, kEntropy, kCapped>(vocabulary, state, tensor);
         }
     }
     device::block_barrier();
