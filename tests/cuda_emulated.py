@@ -129,7 +129,7 @@ class Emulated:
         if values is None:
             return None, call
         values[3], values[4] = inputs.lam, inputs.eps_w
-        values[5:] = torch.tensor(numbers or [float("nan")] * 5)
+        values[5:] = torch.tensor(numbers or [float("nan")] * 5, dtype=torch.float64)
         return values, (*call[:6], WRONG, WRONG, options, call[9])
 
     def _option_values(self, options: tuple[Any, ...]) -> tuple[Tensor | None, tuple[Any, ...]]:

@@ -14,7 +14,7 @@ constexpr int kMostClusterThreads = 512;  // two blocks to a row at least
 // What the policy's share comes after.
 struct ClusterState {
     RowState row;
-    device::BulkBarrier arrived;
+    uint64_t arrived;  // a BulkBarrier, which older targets do not know
     int rank;  // of the block
 };
 constexpr int kShareAt = (sizeof(ClusterState) + 127) / 128 * 128;
@@ -65,7 +65,7 @@ CEPO_DEVICE void scan_lane(const Row& row, RowState& state, int tensor) {
 // f(SharedRow<T>) with the policy's T.
 template <class F>
 CEPO_DEVICE void with_share(const RowState& state, int vocabulary, int first, F f) {
-    const unsigned char* const own = device::dynamic_shared() + kShareAt + threadIdx.x * 16;
+    const unsigned char* const own = device::dynamic_shared() + kShareAt + device::thread_index() * 16;
     const int chunk_bytes = static_cast<int>(blockDim.x) * 16;
     const Dtype dtype = state.plan.dtype[kPolicy];
     if (dtype == Dtype::kFloat32) return f(SharedRow<float>{own, chunk_bytes, first, vocabulary / 4}, float{});
@@ -95,8 +95,9 @@ template <bool kEntropy, bool kCapped>
 CEPO_DEVICE void cluster_row(const PolicyLoss& l, const Values& values) {
     ClusterState& shared = *reinterpret_cast<ClusterState*>(device::dynamic_shared());
     RowState& state = shared.row;
+    const auto arrived = reinterpret_cast<device::BulkBarrier*>(&shared.arrived);
     const Forward& f = l.forward;
-    const int rank = static_cast<int>(device::cluster_rank()), thread = threadIdx.x;
+    const int rank = static_cast<int>(device::cluster_rank()), thread = device::thread_index();
     const int threads = static_cast<int>(blockDim.x);
     const int lane = rank * threads + thread;
     const int vocabulary = static_cast<int>(f.vocabulary);
@@ -104,11 +105,11 @@ CEPO_DEVICE void cluster_row(const PolicyLoss& l, const Values& values) {
     if (!plan_row<true>(l, values, row, lane, kLanes, state)) return;
     if (thread == 32) {  // in another warp than the one that plans
         load_share(static_cast<const unsigned char*>(row_start(f.policy, f.inner, row)),
-                   f.vocabulary * (f.policy.dtype == Dtype::kFloat32 ? 4 : 2), rank, &shared.arrived);
+                   f.vocabulary * (f.policy.dtype == Dtype::kFloat32 ? 4 : 2), rank, arrived);
     }
     if (thread == 0) shared.rank = rank;
     device::block_barrier();
-    const auto own_lane = [&] { return shared.rank * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x); };
+    const auto own_lane = [&] { return shared.rank * static_cast<int>(blockDim.x) + device::thread_index(); };
 #pragma unroll 1
     for (int tensor = kNegative; tensor >= kPositive; --tensor) {
         const void* const& x = state.plan.x[tensor];
@@ -122,7 +123,7 @@ CEPO_DEVICE void cluster_row(const PolicyLoss& l, const Values& values) {
             scan_lane<Half, false, kCapped>(GlobalRow<Half>{x, own_lane(), vocabulary}, state, tensor);
         }
     }
-    device::wait(&shared.arrived, 0);
+    device::wait(arrived, 0);
     with_share(state, vocabulary, own_lane(), [&](const auto& share, auto type) {
         scan_lane<decltype(type), kEntropy, kCapped>(share, state, kPolicy);
     });

@@ -49,8 +49,8 @@ CEPO_DEVICE bool plan_row(const PolicyLoss& l, const Values& values, int64_t row
             fill(l.gradient, gradient, static_cast<int>(f.vocabulary), static_cast<float>(value), thread, threads);
         return false;
     }
-    if (threadIdx.x >= kTensors) return true;
-    const int tensor = threadIdx.x;
+    const int tensor = device::thread_index();
+    if (tensor >= kTensors) return true;
     const Logits& logits = tensor == kPolicy ? f.policy : tensor == kPositive ? f.positive : f.negative;
     const bool read = tensor != kNegative || !f.negative_mask || device::load(f.negative_mask + row);
     const void* const x = logits.data && read ? row_start(logits, f.inner, row) : nullptr;
@@ -153,7 +153,7 @@ CEPO_DEVICE bool conclude_policy(const PolicyLoss& l, const Values& values, RowS
 template <bool kLoss, bool kEntropy, bool kCapped>
 CEPO_DEVICE bool conclude(const PolicyLoss& l, const Values& values, RowState& state, bool has_spread,
                           bool writes) {
-    const int lane = threadIdx.x % 32, tensor = lane < kTensors ? lane : kPolicy;
+    const int lane = device::thread_index() % 32, tensor = lane < kTensors ? lane : kPolicy;
     const RowSum sum = state.sum[tensor];
     const float label_x = state.label_x[tensor];
     RowScalars at{NAN, NAN, NAN, NAN};
@@ -169,7 +169,7 @@ CEPO_DEVICE bool conclude(const PolicyLoss& l, const Values& values, RowState& s
 
 // Which tensors' sums float32 could not take, lane i answering for tensor i: bits, the same in every lane.
 CEPO_DEVICE int needs_slow_sum(const WarpSum& mine) {
-    int bits = mine.c == INFINITY || mine.s == 0.0 ? 1 << threadIdx.x % 32 : 0;
+    int bits = mine.c == INFINITY || mine.s == 0.0 ? 1 << device::thread_index() % 32 : 0;
     for (int mask = 16; mask > 0; mask /= 2) bits |= device::shuffle_xor(bits, mask);
     return bits;
 }
@@ -187,12 +187,12 @@ CEPO_DEVICE void redo_slowly(const Forward& f, RowState& state, int redo) {
             slow_sum<kCapped>(state, plan.x[tensor], plan.dtype[tensor], vocabulary, plan.label, k, inner);
         const bool finite = sum.s == sum.s && sum.c != -INFINITY;
         if (sum.c == -INFINITY) sum.c = 0.0;
-        if (threadIdx.x == 0) state.sum[tensor] = sum, state.slow[tensor] = finite;
+        if (device::thread_index() == 0) state.sum[tensor] = sum, state.slow[tensor] = finite;
     }
     if (redo & kNeedsSpread) {
         const double spread = slow_spread<kCapped>(state, plan.x[kPolicy], f.policy.dtype, vocabulary, plan.label, k,
                                                    inner);
-        if (threadIdx.x == 0) state.spread = spread;
+        if (device::thread_index() == 0) state.spread = spread;
     }
     device::block_barrier();
 }
@@ -200,7 +200,7 @@ CEPO_DEVICE void redo_slowly(const Forward& f, RowState& state, int redo) {
 // A lane's sums, met by those of its warp, to where `settle` finds them.
 CEPO_DEVICE void put_warp_sum(const LaneSum& lane, RowState& state, int tensor, int warp) {
     const WarpSum sum = warp_sum(lane.s, lane.u, lane.c);
-    if (threadIdx.x % 32 != 0) return;
+    if (device::thread_index() % 32 != 0) return;
     state.s[tensor][warp] = sum.s;
     state.u[tensor][warp] = sum.u;
     state.c[tensor][warp] = sum.c;
@@ -220,8 +220,8 @@ CEPO_DEVICE void settle(const PolicyLoss& l, const Values& values, RowState& sta
     int redo = 0;
 #pragma unroll 1
     for (bool first = true;; first = false) {
-        if (threadIdx.x < 32) {
-            const int lane = threadIdx.x;
+        const int lane = device::thread_index();
+        if (lane < 32) {
             if (first) {
                 const RowState& owner = team.owner(state, lane);
                 WarpSum mine{1.0, 0.0, 0.0};

@@ -93,7 +93,7 @@ struct Pair {
 template <class F>
 CEPO_DEVICE Pair block_total(RowState& state, int vocabulary, F f) {
     device::block_barrier();  // the last reduction has been read
-    for (int lane = threadIdx.x; lane < kLanes; lane += blockDim.x) {
+    for (int lane = device::thread_index(); lane < kLanes; lane += blockDim.x) {
         Pair mine{0.0, 0.0};
         for (int j = lane; j < vocabulary; j += kLanes) {
             const Pair term = f(j);
@@ -125,7 +125,7 @@ CEPO_DEVICE Highest higher(Highest a, Highest b) {
 template <class F>
 CEPO_DEVICE Highest block_highest(RowState& state, int vocabulary, F f) {
     device::block_barrier();
-    for (int lane = threadIdx.x; lane < kLanes; lane += blockDim.x) {
+    for (int lane = device::thread_index(); lane < kLanes; lane += blockDim.x) {
         Highest mine{-INFINITY, -1};
         for (int j = lane; j < vocabulary; j += kLanes) {
             const double value = f(j);

@@ -12,17 +12,17 @@ constexpr int kOwn = kLanes / kStreamThreads;
 template <class T, bool kEntropy, bool kCapped>
 CEPO_DEVICE void scan_global(int vocabulary, RowState& state, int tensor) {
     LaneSum sums[kOwn];
-    const int thread = threadIdx.x;
+    const int thread = device::thread_index();
     const GlobalRow<T> row{state.plan.x[tensor], thread, vocabulary};
     scan<T, kOwn, kEntropy, kCapped>(row, kStreamThreads, state.plan.label, state.transform, sums);
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) put_warp_sum(sums[i], state, tensor, (thread + i * kStreamThreads) / 32);
+    for (int i = 0; i < kOwn; ++i) put_warp_sum(sums[i], state, tensor, (device::thread_index() + i * kStreamThreads) / 32);
 }
 
 template <bool kCapped>
 CEPO_DEVICE void write_global(const Logits& gradient, int vocabulary, const RowState& state) {
     const RowPlan& plan = state.plan;
-    const int thread = threadIdx.x;
+    const int thread = device::thread_index();
     if (write_plain<kCapped>(gradient, vocabulary, state, thread, kStreamThreads)) return;
     const Factors factors = factors_of(state);
     const auto write = [&](auto type) {
@@ -38,8 +38,8 @@ CEPO_DEVICE void write_global(const Logits& gradient, int vocabulary, const RowS
 template <bool kLoss, bool kEntropy, bool kCapped>
 __global__ void __launch_bounds__(kStreamThreads, 2) stream_rows(PolicyLoss l, Values values) {
     RowState& state = *reinterpret_cast<RowState*>(device::dynamic_shared());
-    const int thread = threadIdx.x, vocabulary = static_cast<int>(l.forward.vocabulary);
-    if (!plan_row<kLoss>(l, values, blockIdx.x, thread, kStreamThreads, state)) return;
+    const int vocabulary = static_cast<int>(l.forward.vocabulary);
+    if (!plan_row<kLoss>(l, values, blockIdx.x, device::thread_index(), kStreamThreads, state)) return;
     device::block_barrier();
 #pragma unroll 1
     for (int tensor = kTensors - 1; tensor >= 0; --tensor) {
@@ -62,7 +62,7 @@ template <bool kCapped>
 __global__ void __launch_bounds__(kStreamThreads, 2) stream_backward(Backward w, Values values) {
     RowState& state = *reinterpret_cast<RowState*>(device::dynamic_shared());
     const int64_t row = blockIdx.x;
-    const int thread = threadIdx.x, vocabulary = static_cast<int>(w.vocabulary);
+    const int thread = device::thread_index(), vocabulary = static_cast<int>(w.vocabulary);
     void* const gradient = row_start(w.gradient, w.inner, row);
     const int64_t label = device::load(w.labels + row);
     const double g = w.grad_logprobs ? device::load(w.grad_logprobs + row) : 0.0f;
