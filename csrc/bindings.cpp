@@ -80,8 +80,7 @@ bool forward(const std::string& isa, int threads, int64_t rows, int64_t inner, i
 bool policy_loss(const std::string& isa, int threads, int64_t rows, int64_t inner, int64_t vocabulary,
                  const py::tuple& call, const py::tuple& gradient, const py::tuple& opts, const py::tuple& row_values,
                  const py::tuple& out, int64_t fresh_bytes) {
-    const cepo::PolicyLoss l =
-        cepo::policy_loss_of(inner, vocabulary, call, gradient, opts, row_values, out);
+    const cepo::PolicyLoss l = cepo::policy_loss_of(inner, vocabulary, call, gradient, opts, row_values, out);
     const cepo::Kernels chosen = kernels(isa);
     py::gil_scoped_release release;
     if (!labels_are_good(l.forward, rows)) return false;

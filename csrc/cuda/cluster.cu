@@ -1,6 +1,5 @@
 // The cluster kernel of the fused loss.
 #include "cluster.cuh"
-
 #include "launch.h"
 
 namespace cepo {

@@ -15,7 +15,7 @@ constexpr int kMostClusterThreads = 512;  // two blocks to a row at least
 struct ClusterState {
     RowState row;
     uint64_t arrived;  // a BulkBarrier, which older targets do not know
-    int rank;  // of the block
+    int rank;          // of the block
 };
 constexpr int kShareAt = (sizeof(ClusterState) + 127) / 128 * 128;
 
@@ -30,6 +30,7 @@ struct SharedRow {
     int pieces;
 
     CEPO_DEVICE int groups() const { return (pieces + kGroup * kLanes - 1) / (kGroup * kLanes); }
+    CEPO_DEVICE bool has(int group) const { return group * kGroup * kLanes < pieces; }
     CEPO_DEVICE int piece_index(int group, int) const { return group * kGroup * kLanes + first; }
     CEPO_DEVICE void load(Group& out, int group, int) const {
         const unsigned char* at = own + group * kGroup * chunk_bytes;

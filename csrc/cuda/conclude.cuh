@@ -39,9 +39,9 @@ CEPO_DEVICE bool plan_row(const PolicyLoss& l, const Values& values, int64_t row
     const int64_t label = device::load(f.labels + row);
     const float advantage = f.advantages ? device::load(f.advantages + row) : 0.0f;
     void* const gradient = kLoss && l.gradient.data ? row_start(l.gradient, f.inner, row) : nullptr;
-    const bool ignored = label == f.options.ignore_index ||
-                         (kLoss && advantage == 0.0f && values.or_else(kKl, l.kl_coef) == 0.0 &&
-                          values.or_else(kEntropyCoef, l.entropy_coef) == 0.0);
+    const bool ignored =
+        label == f.options.ignore_index || (kLoss && advantage == 0.0f && values.or_else(kKl, l.kl_coef) == 0.0 &&
+                                            values.or_else(kEntropyCoef, l.entropy_coef) == 0.0);
     if (ignored || label < 0 || label >= f.vocabulary) {
         const double value = ignored ? 0.0 : NAN;
         if (thread == 0) put_all<kLoss>(l, row, value);
@@ -85,7 +85,8 @@ CEPO_DEVICE void plan_gradient(RowState& state, const RowScalars& at, const RowS
 
 // By lane 0 of one warp, once its lanes have the scalars. False if the entropy's spread is missing.
 template <bool kLoss, bool kEntropy, bool kCapped>
-CEPO_DEVICE bool conclude_policy(const PolicyLoss& l, const Values& values, RowState& state, RowScalars at, double positive, double negative, bool has_spread, bool writes) {
+CEPO_DEVICE bool conclude_policy(const PolicyLoss& l, const Values& values, RowState& state, RowScalars at,
+                                 double positive, double negative, bool has_spread, bool writes) {
     const Forward& f = l.forward;
     const RowPlan& plan = state.plan;
     const RowSum sum = state.sum[kPolicy];
@@ -151,8 +152,7 @@ CEPO_DEVICE bool conclude_policy(const PolicyLoss& l, const Values& values, RowS
 
 // By all lanes of one warp: lane i finishes tensor i. False if the entropy's spread is missing.
 template <bool kLoss, bool kEntropy, bool kCapped>
-CEPO_DEVICE bool conclude(const PolicyLoss& l, const Values& values, RowState& state, bool has_spread,
-                          bool writes) {
+CEPO_DEVICE bool conclude(const PolicyLoss& l, const Values& values, RowState& state, bool has_spread, bool writes) {
     const int lane = device::thread_index() % 32, tensor = lane < kTensors ? lane : kPolicy;
     const RowSum sum = state.sum[tensor];
     const float label_x = state.label_x[tensor];
@@ -163,8 +163,8 @@ CEPO_DEVICE bool conclude(const PolicyLoss& l, const Values& values, RowState& s
     }
     const double positive = device::shuffle_xor(at.logprob, kPositive);
     const double negative = device::shuffle_xor(at.logprob, kNegative);
-    return lane != 0 || conclude_policy<kLoss, kEntropy, kCapped>(l, values, state, at, positive, negative,
-                                                                  has_spread, writes);
+    return lane != 0 ||
+           conclude_policy<kLoss, kEntropy, kCapped>(l, values, state, at, positive, negative, has_spread, writes);
 }
 
 // Which tensors' sums float32 could not take, lane i answering for tensor i: bits, the same in every lane.
@@ -183,15 +183,14 @@ CEPO_DEVICE void redo_slowly(const Forward& f, RowState& state, int redo) {
 #pragma unroll 1
     for (int tensor = 0; tensor < kTensors; ++tensor) {
         if (!(redo >> tensor & 1)) continue;
-        RowSum sum =
-            slow_sum<kCapped>(state, plan.x[tensor], plan.dtype[tensor], vocabulary, plan.label, k, inner);
+        RowSum sum = slow_sum<kCapped>(state, plan.x[tensor], plan.dtype[tensor], vocabulary, plan.label, k, inner);
         const bool finite = sum.s == sum.s && sum.c != -INFINITY;
         if (sum.c == -INFINITY) sum.c = 0.0;
         if (device::thread_index() == 0) state.sum[tensor] = sum, state.slow[tensor] = finite;
     }
     if (redo & kNeedsSpread) {
-        const double spread = slow_spread<kCapped>(state, plan.x[kPolicy], f.policy.dtype, vocabulary, plan.label, k,
-                                                   inner);
+        const double spread =
+            slow_spread<kCapped>(state, plan.x[kPolicy], f.policy.dtype, vocabulary, plan.label, k, inner);
         if (device::thread_index() == 0) state.spread = spread;
     }
     device::block_barrier();
@@ -237,8 +236,8 @@ CEPO_DEVICE void settle(const PolicyLoss& l, const Values& values, RowState& sta
             // In the next pass, what `redo` asked for is there.
             if (!first || redo == 0) {
                 const bool has_spread = redo & kNeedsSpread;
-                redo = conclude<kLoss, kEntropy, kCapped>(l, values, state, has_spread, team.writes()) ? 0
-                                                                                                      : kNeedsSpread;
+                redo =
+                    conclude<kLoss, kEntropy, kCapped>(l, values, state, has_spread, team.writes()) ? 0 : kNeedsSpread;
             }
             if (lane == 0) state.redo = redo;
         }

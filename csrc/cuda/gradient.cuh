@@ -58,7 +58,7 @@ struct Factors {
 };
 CEPO_DEVICE Factors factors_of(const RowState& state) {
     const Slopes& s = state.slope;
-    return {state.transform.k,          state.transform.inner,      static_cast<float>(state.c_gradient),
+    return {state.transform.k,       state.transform.inner,   static_cast<float>(state.c_gradient),
             static_cast<float>(s.a), static_cast<float>(s.b), static_cast<float>(s.label)};
 }
 

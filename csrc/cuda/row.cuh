@@ -67,14 +67,14 @@ CEPO_DEVICE void put_element(void* x, Dtype dtype, int64_t j, float value) {
     }
 }
 CEPO_DEVICE void* row_start(const Logits& logits, int64_t inner, int64_t row) {
-    const int64_t offset = inner == 1 ? row * logits.outer_stride
-                                      : row / inner * logits.outer_stride + row % inner * logits.inner_stride;
+    const int64_t offset =
+        inner == 1 ? row * logits.outer_stride : row / inner * logits.outer_stride + row % inner * logits.inner_stride;
     return static_cast<unsigned char*>(logits.data) + offset * (logits.dtype == Dtype::kFloat32 ? 4 : 2);
 }
 
 CEPO_DEVICE Transform transform_of(const Options& o, const Values& values, int64_t row) {
-    const double temperature = o.row_temperature ? device::load(o.row_temperature + row)
-                                                 : values.or_else(kTemperature, o.temperature);
+    const double temperature =
+        o.row_temperature ? device::load(o.row_temperature + row) : values.or_else(kTemperature, o.temperature);
     const double scale = values.or_else(kScale, o.scale), cap = values.or_else(kSoftcap, o.softcap);
     const bool capped = o.softcap > 0.0;
     Transform out;

@@ -3,7 +3,8 @@
 // A row is cut into pieces of 16 bytes; piece i belongs to virtual lane i % 1024, whatever the kernel, the number of
 // threads and blocks, and the alignment, so a row's bits depend on its values, V and dtype alone. A lane takes its
 // pieces in small groups, in float32 relative to a reference of its own: the group's maximum comes first, the
-// reference is raised if that is too far above, then the terms are added. Lanes meet in float64, first the 32 of a virtual warp, then the 32 warps.
+// reference is raised if that is too far above, then the terms are added. Lanes meet in float64, first the 32 of a
+// virtual warp, then the 32 warps.
 #pragma once
 
 #include "types.cuh"
@@ -103,10 +104,9 @@ struct GlobalRow {
     int vocabulary;
 
     CEPO_DEVICE int complete() const { return vocabulary / kPieceColumns<T>; }
-    CEPO_DEVICE int groups() const {
-        constexpr int kColumns = kGroup * kLanes * kPieceColumns<T>;
-        return (vocabulary + kColumns - 1) / kColumns;
-    }
+    static constexpr int kColumns = kGroup * kLanes * kPieceColumns<T>;  // of a group of all lanes
+    CEPO_DEVICE int groups() const { return (vocabulary + kColumns - 1) / kColumns; }
+    CEPO_DEVICE bool has(int group) const { return group * kColumns < vocabulary; }
     CEPO_DEVICE int piece_index(int group, int lane_offset) const {
         return group * kGroup * kLanes + first + lane_offset;
     }
@@ -188,8 +188,7 @@ CEPO_DEVICE void add_group(Group& g, const Row& row, int piece, const int& label
     if (has_label) {
 #pragma unroll
         for (int i = 0; i < kGroup; ++i)
-            if (distance == i * kLanes)
-                g.pieces[i] = with_column<T>(g.pieces[i], label % kColumns, lowest_word(T{}));
+            if (distance == i * kLanes) g.pieces[i] = with_column<T>(g.pieces[i], label % kColumns, lowest_word(T{}));
     }
     float top = -INFINITY;
 #pragma unroll
@@ -211,11 +210,10 @@ template <class T, int kOwn, bool kEntropy, bool kCapped, class Row>
 CEPO_DEVICE void scan(const Row& row, int apart, const int& label, const Transform& transform, LaneSum (&sums)[kOwn]) {
     static_assert(kOwn == 1 || kOwn == 2);
     constexpr int kSecond = kOwn - 1;
-    const int groups = row.groups();
     Group a, b;
     row.load(a, 0, 0);
 #pragma unroll 1
-    for (int group = 0; group < groups; group += 2 / kOwn) {
+    for (int group = 0; row.has(group); group += 2 / kOwn) {
         const int next = group + 2 / kOwn, between = kOwn == 2 ? group : group + 1;
         row.load(b, between, kSecond * apart);
         add_group<T, kEntropy, kCapped>(a, row, row.piece_index(group, 0), label, transform, sums[0]);

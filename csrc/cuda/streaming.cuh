@@ -16,7 +16,8 @@ CEPO_DEVICE void scan_global(int vocabulary, RowState& state, int tensor) {
     const GlobalRow<T> row{state.plan.x[tensor], thread, vocabulary};
     scan<T, kOwn, kEntropy, kCapped>(row, kStreamThreads, state.plan.label, state.transform, sums);
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) put_warp_sum(sums[i], state, tensor, (device::thread_index() + i * kStreamThreads) / 32);
+    for (int i = 0; i < kOwn; ++i)
+        put_warp_sum(sums[i], state, tensor, (device::thread_index() + i * kStreamThreads) / 32);
 }
 
 template <bool kCapped>
