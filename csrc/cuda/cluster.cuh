@@ -103,13 +103,15 @@ CEPO_DEVICE void cluster_row(const PolicyLoss& l, const Values& values) {
     const int lane = rank * threads + thread;
     const int vocabulary = static_cast<int>(f.vocabulary);
     const int64_t row = blockIdx.x / device::cluster_size();
-    if (!plan_row<true>(l, values, row, lane, kLanes, state)) return;
+    float label_x = 0.0f;
+    if (!plan_row<true>(l, values, row, lane, kLanes, state, label_x)) return;
     if (thread == 32) {  // in another warp than the one that plans
         load_share(static_cast<const unsigned char*>(row_start(f.policy, f.inner, row)),
                    f.vocabulary * (f.policy.dtype == Dtype::kFloat32 ? 4 : 2), rank, arrived);
     }
     if (thread == 0) shared.rank = rank;
     device::block_barrier();
+    if (thread < kTensors) state.label_x[thread] = label_x;
     const auto own_lane = [&] { return shared.rank * static_cast<int>(blockDim.x) + device::thread_index(); };
 #pragma unroll 1
     for (int tensor = kNegative; tensor >= kPositive; --tensor) {

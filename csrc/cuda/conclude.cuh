@@ -31,10 +31,11 @@ CEPO_DEVICE void put_all(const PolicyLoss& l, int64_t row, double value) {
 }
 
 // By all threads of the row's blocks, `thread` of `threads`. Writes what is known without reading a logit and returns
-// false if that is all there is to the row; else the block's state says what is to be read, after a block barrier.
+// false if that is all there is to the row; else the block's state says what is to be read, after a block barrier, and
+// the first threads have their tensor's label_x, on its way, for the state.
 template <bool kLoss>
 CEPO_DEVICE bool plan_row(const PolicyLoss& l, const Values& values, int64_t row, int thread, int threads,
-                          RowState& state) {
+                          RowState& state, float& label_x) {
     const Forward& f = l.forward;
     const int64_t label = device::load(f.labels + row);
     const float advantage = f.advantages ? device::load(f.advantages + row) : 0.0f;
@@ -57,7 +58,7 @@ CEPO_DEVICE bool plan_row(const PolicyLoss& l, const Values& values, int64_t row
     state.plan.x[tensor] = x;
     state.plan.dtype[tensor] = logits.dtype;
     state.slow[tensor] = false;
-    if (x) state.label_x[tensor] = element(x, logits.dtype, label);
+    if (x) label_x = element(x, logits.dtype, label);
     if (tensor == 0) {
         state.plan.row = row;
         state.plan.label = static_cast<int>(label);

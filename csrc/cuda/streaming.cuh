@@ -40,8 +40,10 @@ template <bool kLoss, bool kEntropy, bool kCapped>
 __global__ void __launch_bounds__(kStreamThreads, 2) stream_rows(PolicyLoss l, Values values) {
     RowState& state = *reinterpret_cast<RowState*>(device::dynamic_shared());
     const int vocabulary = static_cast<int>(l.forward.vocabulary);
-    if (!plan_row<kLoss>(l, values, blockIdx.x, device::thread_index(), kStreamThreads, state)) return;
+    float label_x = 0.0f;
+    if (!plan_row<kLoss>(l, values, blockIdx.x, device::thread_index(), kStreamThreads, state, label_x)) return;
     device::block_barrier();
+    if (device::thread_index() < kTensors) state.label_x[device::thread_index()] = label_x;
 #pragma unroll 1
     for (int tensor = kTensors - 1; tensor >= 0; --tensor) {
         if (!state.plan.x[tensor]) continue;
