@@ -70,9 +70,10 @@ def module() -> ModuleType:
 class Emulated:
     """A backend on the emulator. With ``values``, the numbers come from memory and those of the call are wrong."""
 
-    def __init__(self, kernel: str = "streaming", values: bool = False) -> None:
+    def __init__(self, kernel: str = "streaming", values: bool = False, shared_limit: int = 227 * 1024) -> None:
         self.kernel = kernel
         self.values = values
+        self.shared_limit = shared_limit
 
     def unavailable(self, device_type: str) -> str | None:
         return missing()
@@ -117,7 +118,7 @@ class Emulated:
             (outputs.losses.data_ptr(), outputs.ratio.data_ptr(), outputs.clipped.data_ptr()),
             cpu._address(values),
             self.kernel,
-            True,
+            self.shared_limit,
             0,
         )
         del keep
@@ -158,7 +159,7 @@ def row_gradient(logits: Tensor, labels: Tensor, g: float, h: float, out: Tensor
 
 
 def raw_loss(
-    kernel: str, policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor
+    backend: Emulated, policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor
 ) -> dict[str, Tensor]:
     """All that the fused loss writes, labels unchecked."""
     count = len(labels)
@@ -167,10 +168,8 @@ def raw_loss(
     outputs = LossOutputs(forward, torch.empty(count), torch.empty(count), torch.empty(count, dtype=torch.bool),
                           torch.empty_like(policy)[None])  # fmt: skip
     half = torch.full((), 0.5)
-    inputs = ForwardInputs(
-        policy[None], positive[None], negative[None], labels, advantages, None, half, half, options
-    )
-    Emulated(kernel).policy_loss(LossInputs(inputs, None, None, None, "ppo", (half, half, half, half, half)), outputs)
+    inputs = ForwardInputs(policy[None], positive[None], negative[None], labels, advantages, None, half, half, options)
+    backend.policy_loss(LossInputs(inputs, None, None, None, "ppo", (half, half, half, half, half)), outputs)
     named = {**forward._asdict(), **outputs._asdict()}
     return {name: value for name, value in named.items() if name not in ("forward", "stats")}
 

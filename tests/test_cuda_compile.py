@@ -1,5 +1,7 @@
-"""Every CUDA kernel compiled, without a GPU, for the architectures that setup.py names: no spills, two blocks of 512
-threads on a multiprocessor, and the loads and stores that the design counts on."""
+"""Every CUDA kernel compiled, without a GPU, for the architectures that setup.py names.
+
+No spills, two blocks of 512 threads on a multiprocessor, and the loads and stores that the design counts on.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The CUDA kernels, run thread by thread on a CPU: right against float64, and the same bits whichever kernel, number
-of blocks, alignment and order of threads. `cuda_emulated` as a plugin runs the suite that all backends share on them."""
+"""The CUDA kernels, thread by thread on a CPU: float64's results, and one row's bits whichever kernel computes it.
+
+`cuda_emulated` as a plugin runs the suite that all backends share on them, too.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +71,10 @@ def loss(kernel, policy, positive, negative, labels, advantages, values=False, i
 def assert_same(got, want, names=()):
     for name in names or want:
         oracle.assert_same_bits(got[name].detach(), want[name].detach(), name)
+
+
+def as_float(tensors):
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def case(vocabulary, dtype, count=6):
@@ -201,7 +207,7 @@ def test_a_label_that_is_no_column_makes_its_row_nan(kernel):
     policy, positive, negative, labels, advantages = case(1000, torch.float16)
     for wrong in (1000, -1, 2**40):
         labels[2] = wrong
-        outputs = cuda_emulated.raw_loss(kernel, policy, positive, negative, labels, advantages)
+        outputs = cuda_emulated.raw_loss(cuda_emulated.Emulated(kernel), policy, positive, negative, labels, advantages)
         for name, value in outputs.items():
             bad = torch.isnan(value.float()).reshape(6, -1).all(dim=1)
             assert bad.tolist() == [False, False, name != "clipped", False, False, False], name
@@ -213,6 +219,18 @@ def test_a_cluster_is_refused_where_rows_do_not_start_at_16_bytes():
     with pytest.raises(ValueError, match="cluster4"):
         loss("fastest", *case(1000, torch.bfloat16))
     assert_same(loss("auto", *case(1001, torch.bfloat16)), loss("streaming", *case(1001, torch.bfloat16)))
+
+
+@pytest.mark.parametrize(("shared_limit", "fits"), [(0, False), (8 * 1024, False), (20 * 1024, True)])
+def test_a_cluster_needs_the_devices_shared_memory(shared_limit, fits):
+    tensors = case(20_000, torch.float32)  # 80 KB, in chunks of 16
+    backend = cuda_emulated.Emulated("cluster", shared_limit=shared_limit)
+    run = lambda: cuda_emulated.raw_loss(backend, *tensors)  # noqa: E731
+    if fits:
+        assert_same(as_float(run()), as_float(cuda_emulated.raw_loss(cuda_emulated.Emulated(), *tensors)))
+    else:
+        with pytest.raises(RuntimeError, match="invalid argument"):
+            run()
 
 
 def test_the_bandwidth_kernels(emulated):

@@ -41,14 +41,14 @@ void backward(int64_t rows, int64_t inner, int64_t vocabulary, const py::tuple& 
     check(cepo::cuda::backward(w, rows, cepo::at<const double>(values), stream_at(stream)));
 }
 
-// `has_clusters`: the device is of compute capability 9.0 or newer.
+// `shared_limit`: see launch.h.
 void policy_loss(int64_t rows, int64_t inner, int64_t vocabulary, const py::tuple& call, const py::tuple& gradient,
                  const py::tuple& opts, const py::tuple& row_values, const py::tuple& out, uintptr_t values,
-                 const std::string& kernel, bool has_clusters, uintptr_t stream) {
+                 const std::string& kernel, int64_t shared_limit, uintptr_t stream) {
     const cepo::PolicyLoss l = cepo::policy_loss_of(inner, vocabulary, call, gradient, opts, row_values, out);
     const int kind = kernel_of(kernel);
     py::gil_scoped_release release;
-    check(cepo::cuda::policy_loss(l, rows, cepo::at<const double>(values), kind, has_clusters, stream_at(stream)));
+    check(cepo::cuda::policy_loss(l, rows, cepo::at<const double>(values), kind, shared_limit, stream_at(stream)));
 }
 
 void plain_read(uintptr_t data, int64_t bytes, uintptr_t out, uintptr_t stream) {

@@ -7,8 +7,7 @@ namespace cuda {
 
 namespace {
 
-constexpr int64_t kTwoBlocks = 113 * 1024;  // bytes of shared memory with which two blocks fit a multiprocessor,
-constexpr int64_t kOneBlock = 227 * 1024;   // or one
+constexpr int64_t kReserved = 1024;  // bytes of shared memory that each block takes besides its own
 
 int64_t bytes_of(const Logits& logits) { return logits.dtype == Dtype::kFloat32 ? 4 : 2; }
 
@@ -30,15 +29,16 @@ bool has_shape(const PolicyLoss& call) {
 
 }  // namespace
 
-bool cluster_takes(const PolicyLoss& call, int64_t rows, int blocks) {
+bool cluster_takes(const PolicyLoss& call, int64_t rows, int blocks, int64_t shared_limit) {
     return (blocks == 2 || blocks == 4 || blocks == 8) && rows < (int64_t{1} << 28) && has_shape(call) &&
-           shared_bytes(call, blocks) <= kOneBlock;
+           shared_bytes(call, blocks) <= shared_limit;
 }
 
-int best_cluster(const PolicyLoss& call, int64_t rows) {
-    for (const int64_t limit : {kTwoBlocks, kOneBlock}) {
+// As few blocks as leave room for a second cluster beside this one, so that one loads while the other computes.
+int best_cluster(const PolicyLoss& call, int64_t rows, int64_t shared_limit) {
+    for (const int64_t limit : {(shared_limit - kReserved) / 2, shared_limit}) {
         for (const int blocks : {2, 4, 8})
-            if (cluster_takes(call, rows, blocks) && shared_bytes(call, blocks) <= limit) return blocks;
+            if (cluster_takes(call, rows, blocks, shared_limit) && shared_bytes(call, blocks) <= limit) return blocks;
     }
     return 0;
 }

@@ -15,14 +15,15 @@ constexpr int kAuto = -1, kStreaming = 0, kCluster = 1;
 // then only say, by not being 0, that there is one. A label that is neither ignored nor a column makes its row NaN.
 cudaError_t forward(const Forward& call, int64_t rows, const double* values, cudaStream_t stream);
 cudaError_t backward(const Backward& call, int64_t rows, const double* values, cudaStream_t stream);
-// `has_clusters`: the device is of compute capability 9.0 or newer. A cluster where `cluster_takes` says no is refused
-// with cudaErrorInvalidValue.
-cudaError_t policy_loss(const PolicyLoss& call, int64_t rows, const double* values, int kernel, bool has_clusters,
+// `shared_limit`: the bytes of shared memory that a block of the device may ask for (sharedMemPerBlockOptin), 0 below
+// compute capability 9.0, which has no clusters. A cluster where `cluster_takes` says no is refused with
+// cudaErrorInvalidValue.
+cudaError_t policy_loss(const PolicyLoss& call, int64_t rows, const double* values, int kernel, int64_t shared_limit,
                         cudaStream_t stream);
 
 // Whether a cluster's blocks can hold the policy's row between them, and how many of them are best, 0 where none can.
-bool cluster_takes(const PolicyLoss& call, int64_t rows, int blocks);
-int best_cluster(const PolicyLoss& call, int64_t rows);
+bool cluster_takes(const PolicyLoss& call, int64_t rows, int blocks, int64_t shared_limit);
+int best_cluster(const PolicyLoss& call, int64_t rows, int64_t shared_limit);
 cudaError_t cluster_policy_loss(const PolicyLoss& call, int64_t rows, const double* values, int blocks,
                                 cudaStream_t stream);
 

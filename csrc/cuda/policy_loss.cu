@@ -5,14 +5,14 @@
 namespace cepo {
 namespace cuda {
 
-cudaError_t policy_loss(const PolicyLoss& call, int64_t rows, const double* values, int kind, bool has_clusters,
+cudaError_t policy_loss(const PolicyLoss& call, int64_t rows, const double* values, int kind, int64_t shared_limit,
                         cudaStream_t stream) {
     if (rows == 0) return cudaSuccess;
     if (!takes(rows, call.forward.vocabulary)) return cudaErrorInvalidValue;
-    const int blocks = !has_clusters || kind == kStreaming ? 0
-                       : kind == kAuto || kind == kCluster ? best_cluster(call, rows)
-                       : cluster_takes(call, rows, kind)   ? kind
-                                                           : 0;
+    const int blocks = shared_limit == 0 || kind == kStreaming         ? 0
+                       : kind == kAuto || kind == kCluster             ? best_cluster(call, rows, shared_limit)
+                       : cluster_takes(call, rows, kind, shared_limit) ? kind
+                                                                       : 0;
     if (blocks > 0) return cluster_policy_loss(call, rows, values, blocks, stream);
     if (kind != kAuto && kind != kStreaming) return cudaErrorInvalidValue;
     const bool entropy = call.forward.entropy != nullptr || call.entropy_coef != 0.0;
