@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "api.h"
+#include "tuples.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -57,40 +57,6 @@ void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-// (address, dtype, outer stride, inner stride); an address of 0 is an absent tensor.
-cepo::Logits logits(const py::tuple& t) {
-    return {at<void>(t[0].cast<uintptr_t>()), static_cast<cepo::Dtype>(t[1].cast<int>()), t[2].cast<int64_t>(),
-            t[3].cast<int64_t>()};
-}
-
-// (row temperatures or 0, temperature, scale, softcap or 0, ignore_index)
-cepo::Options options(const py::tuple& t) {
-    return {at<const double>(t[0].cast<uintptr_t>()), t[1].cast<double>(), t[2].cast<double>(), t[3].cast<double>(),
-            t[4].cast<int64_t>()};
-}
-
-// (policy, positive, negative, labels, advantages, negative_mask, lam, eps_w, options, outputs), addresses for tensors.
-cepo::Forward forward_of(int64_t inner, int64_t vocabulary, const py::tuple& t) {
-    cepo::Forward f;
-    f.policy = logits(t[0]), f.positive = logits(t[1]), f.negative = logits(t[2]);
-    f.inner = inner, f.vocabulary = vocabulary;
-    f.labels = at<const int64_t>(t[3].cast<uintptr_t>());
-    f.advantages = at<const float>(t[4].cast<uintptr_t>());
-    f.negative_mask = at<const bool>(t[5].cast<uintptr_t>());
-    f.lam = t[6].cast<double>(), f.eps_w = t[7].cast<double>();
-    f.options = options(t[8]);
-    const py::tuple out = t[9];
-    float** const buffers[] = {&f.logprobs, &f.positive_logprobs, &f.negative_logprobs, &f.evidence,
-                               &f.weight,   &f.advantages_out,    &f.entropy,           &f.stats};
-    for (size_t i = 0; i < 8; ++i) *buffers[i] = at<float>(out[i].cast<uintptr_t>());
-    return f;
-}
-
 bool labels_are_good(const cepo::Forward& f, int64_t rows) {
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t label = f.labels[row];
@@ -102,7 +68,7 @@ bool labels_are_good(const cepo::Forward& f, int64_t rows) {
 // False, and nothing computed, if a label is neither ignored nor a column.
 bool forward(const std::string& isa, int threads, int64_t rows, int64_t inner, int64_t vocabulary,
              const py::tuple& call) {
-    const cepo::Forward f = forward_of(inner, vocabulary, call);
+    const cepo::Forward f = cepo::forward_of(inner, vocabulary, call);
     const cepo::Kernels chosen = kernels(isa);
     py::gil_scoped_release release;
     if (!labels_are_good(f, rows)) return false;
@@ -110,21 +76,11 @@ bool forward(const std::string& isa, int threads, int64_t rows, int64_t inner, i
     return true;
 }
 
-// The same for a policy's loss; options are (cispo, clip_low, clip_high, kl_coef, entropy_coef, denominator), rows
-// (old_logprobs, token_weight, ref_logprobs), out (losses, ratio, clipped).
+// The same for a policy's loss.
 bool policy_loss(const std::string& isa, int threads, int64_t rows, int64_t inner, int64_t vocabulary,
                  const py::tuple& call, const py::tuple& gradient, const py::tuple& opts, const py::tuple& row_values,
                  const py::tuple& out, int64_t fresh_bytes) {
-    cepo::PolicyLoss l;
-    l.forward = forward_of(inner, vocabulary, call);
-    l.gradient = logits(gradient);
-    l.cispo = opts[0].cast<bool>();
-    double* const numbers[] = {&l.clip_low, &l.clip_high, &l.kl_coef, &l.entropy_coef, &l.denominator};
-    for (size_t i = 0; i < 5; ++i) *numbers[i] = opts[i + 1].cast<double>();
-    const float** const values[] = {&l.old_logprobs, &l.token_weight, &l.ref_logprobs};
-    for (size_t i = 0; i < 3; ++i) *values[i] = at<const float>(row_values[i].cast<uintptr_t>());
-    l.losses = at<float>(out[0].cast<uintptr_t>()), l.ratio = at<float>(out[1].cast<uintptr_t>());
-    l.clipped = at<bool>(out[2].cast<uintptr_t>());
+    const cepo::PolicyLoss l = cepo::policy_loss_of(inner, vocabulary, call, gradient, opts, row_values, out);
     const cepo::Kernels chosen = kernels(isa);
     py::gil_scoped_release release;
     if (!labels_are_good(l.forward, rows)) return false;
@@ -137,13 +93,8 @@ void backward(const std::string& isa, int threads, int64_t rows, int64_t inner, 
               const py::tuple& gradient, const py::tuple& policy, uintptr_t labels, uintptr_t grad_logprobs,
               uintptr_t grad_entropy, uintptr_t logprobs, uintptr_t entropy, uintptr_t stats, const py::tuple& opts,
               int64_t fresh_bytes) {
-    cepo::Backward w;
-    w.gradient = logits(gradient), w.policy = logits(policy);
-    w.inner = inner, w.vocabulary = vocabulary;
-    w.labels = at<const int64_t>(labels);
-    w.grad_logprobs = at<const float>(grad_logprobs), w.grad_entropy = at<const float>(grad_entropy);
-    w.logprobs = at<const float>(logprobs), w.entropy = at<const float>(entropy), w.stats = at<const float>(stats);
-    w.options = options(opts);
+    const cepo::Backward w = cepo::backward_of(inner, vocabulary, gradient, policy, labels, grad_logprobs, grad_entropy,
+                                               logprobs, entropy, stats, opts);
     const cepo::Kernels chosen = kernels(isa);
     py::gil_scoped_release release;
     if (fresh_bytes > 0) advise_huge_pages(w.gradient.data, fresh_bytes);
@@ -160,7 +111,7 @@ double plain_read(const std::string& isa, int threads, uintptr_t data, int64_t s
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(+ : total)
 #endif
     for (int64_t start = 0; start < size; start += kRun)
-        total += chosen.sum(at<const float>(data) + start, start + kRun < size ? kRun : size - start);
+        total += chosen.sum(cepo::at<const float>(data) + start, start + kRun < size ? kRun : size - start);
     return total;
 }
 

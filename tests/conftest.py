@@ -21,6 +21,7 @@ if torch.cuda.is_available():
     BACKENDS += [pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda", "cuda:streaming")]
 elif os.environ.get("TRITON_INTERPRET") == "1":
     BACKENDS.append("triton")
+BACKENDS += [name for name in backends.NAMES if name.startswith("emulated")]  # with `-p cuda_emulated`
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

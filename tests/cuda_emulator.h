@@ -224,6 +224,8 @@ inline float fast_exp2(float x) {
     return y < FLT_MIN ? 0.0f : y;
 }
 
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
+
 inline uint4 load16(const void* p) {
     emulator::access(p, 16, 16, &emulator::Counters::read);
     return *static_cast<const uint4*>(p);

@@ -44,6 +44,13 @@ __device__ __forceinline__ void store16(void* p, uint4 v) {
                  : "memory");
 }
 
+// threadIdx.x, read anew: a kernel of many phases would otherwise keep it, and what follows from it, in registers.
+__device__ __forceinline__ int thread_index() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
 // One element from or to global memory.
 template <class T>
 __device__ __forceinline__ T load(const T* p) {

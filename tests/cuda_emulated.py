@@ -1,0 +1,196 @@
+"""The CUDA kernels as a backend on this CPU, through `cuda_emulator.h`: csrc/cuda compiled by g++, bindings included.
+
+As a plugin it adds the emulated backends to the suite that all backends share, which then takes its time:
+
+    PYTHONPATH=tests pytest -p cuda_emulated -k emulated tests
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cepo_kernels import backends
+from cepo_kernels.backends import cpu
+from cepo_kernels.rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions
+
+TESTS = Path(__file__).resolve().parent
+CSRC = TESTS.parent / "csrc"
+SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+FLAGS = ["-std=c++17", "-DCEPO_EMULATE", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"]
+MODULE = "_cuda_emulated"
+ORDERS = {"forward": 0, "reverse": 1, "random": 2}
+NAMES = ("emulated", "emulated:values", "emulated:auto")
+WRONG = -7.25  # stands where the kernels must not look
+
+
+def missing() -> str | None:
+    """None, or what the emulator lacks here."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return "the emulator switches stacks as x86-64 Linux does"
+    return None if shutil.which("g++") else "needs g++"
+
+
+@functools.cache
+def module() -> ModuleType:
+    """The bindings and kernels, built once per process."""
+    import pybind11
+
+    folder = Path(tempfile.mkdtemp(prefix="cepo-emulated-"))
+    includes = [pybind11.get_include(), sysconfig.get_paths()["include"], str(TESTS), str(CSRC / "cuda")]
+    flags = [*FLAGS, *(flag for path in includes for flag in ("-I", path))]
+    objects = []
+    for source in SOURCES:
+        objects.append(str(folder / f"{source.stem}.o"))
+        subprocess.run(["g++", *flags, "-x", "c++", "-c", str(source), "-o", objects[-1]], check=True)
+    target = folder / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run(["g++", "-shared", *objects, "-o", str(target)], check=True)
+    spec = importlib.util.spec_from_file_location(MODULE, target)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    shutil.rmtree(folder)
+    return loaded
+
+
+class Emulated:
+    """A backend on the emulator. With ``values``, the numbers come from memory and those of the call are wrong."""
+
+    def __init__(self, kernel: str = "streaming", values: bool = False, shared_limit: int = 227 * 1024) -> None:
+        self.kernel = kernel
+        self.values = values
+        self.shared_limit = shared_limit
+
+    def unavailable(self, device_type: str) -> str | None:
+        return missing()
+
+    def forward(self, inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
+        keep, call = cpu._call(inputs, outputs)
+        values, call = self._values(inputs, call)
+        module().forward(*cpu._shape(inputs.policy), call, cpu._address(values), 0)
+        del keep
+
+    def backward(self, inputs: BackwardInputs) -> None:
+        keep, options = cpu._options(inputs.options)
+        values, options = self._option_values(options)
+        module().backward(
+            *cpu._shape(inputs.policy),
+            cpu._logits(inputs.gradient),
+            cpu._logits(inputs.policy),
+            inputs.labels.data_ptr(),
+            cpu._address(inputs.grad_logprobs),
+            cpu._address(inputs.grad_entropy),
+            inputs.logprobs.data_ptr(),
+            cpu._address(inputs.entropy),
+            inputs.stats.data_ptr(),
+            options,
+            cpu._address(values),
+            0,
+        )
+        del keep
+
+    def policy_loss(self, inputs: LossInputs, outputs: LossOutputs) -> None:
+        keep, call = cpu._call(inputs.forward, outputs.forward)
+        numbers = [float(number) for number in inputs.numbers]
+        values, call = self._values(inputs.forward, call, numbers)
+        if self.values:
+            numbers = [WRONG, WRONG, WRONG, 1.0 if numbers[3] else 0.0, WRONG]
+        module().policy_loss(
+            *cpu._shape(inputs.forward.policy),
+            call,
+            cpu._logits(outputs.gradient),
+            (inputs.surrogate == "cispo", *numbers),
+            tuple(cpu._address(rows) for rows in (inputs.old_logprobs, inputs.token_weight, inputs.ref_logprobs)),
+            (outputs.losses.data_ptr(), outputs.ratio.data_ptr(), outputs.clipped.data_ptr()),
+            cpu._address(values),
+            self.kernel,
+            self.shared_limit,
+            0,
+        )
+        del keep
+
+    def _values(
+        self, inputs: ForwardInputs, call: tuple[Any, ...], numbers: list[float] | None = None
+    ) -> tuple[Tensor | None, tuple[Any, ...]]:
+        values, options = self._option_values(call[8])
+        if values is None:
+            return None, call
+        values[3], values[4] = inputs.lam, inputs.eps_w
+        values[5:] = torch.tensor(numbers or [float("nan")] * 5, dtype=torch.float64)
+        return values, (*call[:6], WRONG, WRONG, options, call[9])
+
+    def _option_values(self, options: tuple[Any, ...]) -> tuple[Tensor | None, tuple[Any, ...]]:
+        if not self.values:
+            return None, options
+        rows, temperature, scale, softcap, ignore_index = options
+        values = torch.full((10,), float("nan"), dtype=torch.float64)
+        values[:3] = torch.tensor([scale, softcap, temperature], dtype=torch.float64)
+        return values, (rows, WRONG, WRONG, 1.0 if softcap else 0.0, ignore_index)
+
+
+def row_gradient(logits: Tensor, labels: Tensor, g: float, h: float, out: Tensor) -> Tensor:
+    """The gradient of ``g log p + h H`` in (N, V) logits, written to ``out``, which may be the logits."""
+    count = logits.shape[0]
+    token = backends.load("emulated")
+    options = RowOptions(torch.ones(()), torch.ones(()), None, -100)
+    names = ForwardOutputs._fields
+    outputs = ForwardOutputs(**{name: torch.empty(count * (4 if name == "stats" else 1)) for name in names})
+    half = torch.full((), 0.5)
+    rows = logits[None]
+    token.forward(ForwardInputs(rows, None, None, labels, None, None, half, half, options), outputs)
+    upstream = (torch.full((count,), g), torch.full((count,), h))
+    found = (outputs.logprobs, outputs.entropy, outputs.stats)
+    token.backward(BackwardInputs(out[None], rows, labels, *upstream, *found, options))
+    return out
+
+
+def raw_loss(
+    backend: Emulated, policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor
+) -> dict[str, Tensor]:
+    """All that the fused loss writes, labels unchecked."""
+    count = len(labels)
+    options = RowOptions(torch.ones(()), torch.ones(()), None, -100)
+    forward = ForwardOutputs(*(torch.empty(count) for _ in ForwardOutputs._fields))._replace(stats=torch.empty(0))
+    outputs = LossOutputs(forward, torch.empty(count), torch.empty(count), torch.empty(count, dtype=torch.bool),
+                          torch.empty_like(policy)[None])  # fmt: skip
+    half = torch.full((), 0.5)
+    inputs = ForwardInputs(policy[None], positive[None], negative[None], labels, advantages, None, half, half, options)
+    backend.policy_loss(LossInputs(inputs, None, None, None, "ppo", (half, half, half, half, half)), outputs)
+    named = {**forward._asdict(), **outputs._asdict()}
+    return {name: value for name, value in named.items() if name not in ("forward", "stats")}
+
+
+KNOWN: dict[str, Emulated] = {
+    "emulated": Emulated(),
+    "emulated:values": Emulated(values=True),
+    "emulated:auto": Emulated("auto"),
+}
+
+
+def register() -> None:
+    """Makes the emulated backends known by name, for this process."""
+    if NAMES[0] in backends.NAMES:
+        return
+    load, choose = backends.load, backends.choose
+    backends.load = lambda name: KNOWN[name] if name in KNOWN else load(name)  # type: ignore[assignment]
+    backends.choose = lambda name, *rest: KNOWN[name] if name in KNOWN else choose(name, *rest)  # type: ignore
+    backends.NAMES = (*backends.NAMES, *NAMES)  # type: ignore[assignment]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests() -> None:
+    register()
