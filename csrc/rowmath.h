@@ -28,11 +28,11 @@ namespace CEPO_ISA {
 
 constexpr double kLn2 = 0.693147180559945309417232121458;
 constexpr double kLog2e = 1.44269504088896340735992468100;
-constexpr float kHeadroom = 2.0f;       // a column may exceed the reference by 2^2 before the reference moves: near
-                                        // it, the largest terms add next to nothing to u and drown nobody
-constexpr float kLowest = -127.0f;      // terms from 2^-126 down count as 0
-constexpr float kLargest = 0x1p22f;     // beyond it, rounding the reference moves it by a unit: the row goes the slow way
-constexpr double kSumsError = 5e-6;     // relative error allowed to the entropy by its float32 sums,
+constexpr float kHeadroom = 2.0f;    // a column may exceed the reference by 2^2 before the reference moves: near
+                                     // it, the largest terms add next to nothing to u and drown nobody
+constexpr float kLowest = -127.0f;   // terms from 2^-126 down count as 0
+constexpr float kLargest = 0x1p22f;  // beyond it, rounding the reference moves it by a unit: the row goes the slow way
+constexpr double kSumsError = 5e-6;  // relative error allowed to the entropy by its float32 sums,
 constexpr double kEntropyError = 4e-7;  // and the absolute error, in nats, that they have
 constexpr float kSlowRow = -1.0f;       // in Stats::sum: recompute this row in float64
 

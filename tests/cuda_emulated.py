@@ -7,6 +7,7 @@ As a plugin it adds the emulated backends to the suite that all backends share, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import platform
@@ -15,16 +16,16 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from cepo_kernels import backends
-from cepo_kernels.backends import cpu
+from cepo_kernels.backends import cuda
 from cepo_kernels.rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions
 
 TESTS = Path(__file__).resolve().parent
@@ -34,7 +35,6 @@ FLAGS = ["-std=c++17", "-DCEPO_EMULATE", "-O2", "-march=native", "-ffp-contract=
 MODULE = "_cuda_emulated"
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 NAMES = ("emulated", "emulated:values", "emulated:auto")
-WRONG = -7.25  # stands where the kernels must not look
 
 
 def missing() -> str | None:
@@ -67,79 +67,29 @@ def module() -> ModuleType:
     return loaded
 
 
-class Emulated:
-    """A backend on the emulator. With ``values``, the numbers come from memory and those of the call are wrong."""
+class Emulated(cuda.Variant):
+    """The CUDA backend on the emulator. With ``values``, no number of a call can be read by the host."""
 
     def __init__(self, kernel: str = "streaming", values: bool = False, shared_limit: int = 227 * 1024) -> None:
-        self.kernel = kernel
-        self.values = values
-        self.shared_limit = shared_limit
+        super().__init__(kernel)
+        self.values, self.shared_limit = values, shared_limit
+
+    @property
+    def extension(self) -> ModuleType:
+        return module()
 
     def unavailable(self, device_type: str) -> str | None:
         return missing()
 
-    def forward(self, inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
-        keep, call = cpu._call(inputs, outputs)
-        values, call = self._values(inputs, call)
-        module().forward(*cpu._shape(inputs.policy), call, cpu._address(values), 0)
-        del keep
+    @contextlib.contextmanager
+    def _launch(self, tensor: Tensor) -> Iterator[int]:
+        yield 0
 
-    def backward(self, inputs: BackwardInputs) -> None:
-        keep, options = cpu._options(inputs.options)
-        values, options = self._option_values(options)
-        module().backward(
-            *cpu._shape(inputs.policy),
-            cpu._logits(inputs.gradient),
-            cpu._logits(inputs.policy),
-            inputs.labels.data_ptr(),
-            cpu._address(inputs.grad_logprobs),
-            cpu._address(inputs.grad_entropy),
-            inputs.logprobs.data_ptr(),
-            cpu._address(inputs.entropy),
-            inputs.stats.data_ptr(),
-            options,
-            cpu._address(values),
-            0,
-        )
-        del keep
+    def _shared_limit(self, device: torch.device) -> int:
+        return self.shared_limit
 
-    def policy_loss(self, inputs: LossInputs, outputs: LossOutputs) -> None:
-        keep, call = cpu._call(inputs.forward, outputs.forward)
-        numbers = [float(number) for number in inputs.numbers]
-        values, call = self._values(inputs.forward, call, numbers)
-        if self.values:
-            numbers = [WRONG, WRONG, WRONG, 1.0 if numbers[3] else 0.0, WRONG]
-        module().policy_loss(
-            *cpu._shape(inputs.forward.policy),
-            call,
-            cpu._logits(outputs.gradient),
-            (inputs.surrogate == "cispo", *numbers),
-            tuple(cpu._address(rows) for rows in (inputs.old_logprobs, inputs.token_weight, inputs.ref_logprobs)),
-            (outputs.losses.data_ptr(), outputs.ratio.data_ptr(), outputs.clipped.data_ptr()),
-            cpu._address(values),
-            self.kernel,
-            self.shared_limit,
-            0,
-        )
-        del keep
-
-    def _values(
-        self, inputs: ForwardInputs, call: tuple[Any, ...], numbers: list[float] | None = None
-    ) -> tuple[Tensor | None, tuple[Any, ...]]:
-        values, options = self._option_values(call[8])
-        if values is None:
-            return None, call
-        values[3], values[4] = inputs.lam, inputs.eps_w
-        values[5:] = torch.tensor(numbers or [float("nan")] * 5, dtype=torch.float64)
-        return values, (*call[:6], WRONG, WRONG, options, call[9])
-
-    def _option_values(self, options: tuple[Any, ...]) -> tuple[Tensor | None, tuple[Any, ...]]:
-        if not self.values:
-            return None, options
-        rows, temperature, scale, softcap, ignore_index = options
-        values = torch.full((10,), float("nan"), dtype=torch.float64)
-        values[:3] = torch.tensor([scale, softcap, temperature], dtype=torch.float64)
-        return values, (rows, WRONG, WRONG, 1.0 if softcap else 0.0, ignore_index)
+    def _can_read(self, number: Tensor) -> bool:
+        return not self.values
 
 
 def row_gradient(logits: Tensor, labels: Tensor, g: float, h: float, out: Tensor) -> Tensor:

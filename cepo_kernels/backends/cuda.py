@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -89,19 +90,21 @@ class Variant:
                 (outputs.losses.data_ptr(), outputs.ratio.data_ptr(), outputs.clipped.data_ptr()),
                 native.address(values),
                 self.kernel,
-                self._has_clusters(forward.policy.device),
+                self._shared_limit(forward.policy.device),
                 stream,
             )
         del keep
 
     @contextlib.contextmanager
-    def _launch(self, tensor: Tensor) -> Any:
+    def _launch(self, tensor: Tensor) -> Iterator[int]:
         """The address of the stream to queue on, its device being the current one."""
         with torch.cuda.device(tensor.device):
             yield torch.cuda.current_stream(tensor.device).cuda_stream
 
-    def _has_clusters(self, device: torch.device) -> bool:
-        return torch.cuda.get_device_capability(device) >= (9, 0)
+    def _shared_limit(self, device: torch.device) -> int:
+        """Bytes of shared memory that a block of a cluster may have; 0 where there are no clusters."""
+        properties = torch.cuda.get_device_properties(device)
+        return int(getattr(properties, "shared_memory_per_block_optin", 0)) if properties.major >= 9 else 0
 
     def _can_read(self, number: Tensor) -> bool:
         """Whether the host knows the number without waiting for the device."""
