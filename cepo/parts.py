@@ -75,6 +75,12 @@ def problems_of(parts: Parts, step: int) -> list[Problem]:
     return [parts.task.train((step - 1) * per_step + i, seed) for i in range(per_step)]
 
 
+def training_problems(parts: Parts) -> list[Problem]:
+    """All problems that training can meet where the task has a list of them, else those of the first step."""
+    listed = getattr(parts.task, "training_problems", None)
+    return listed() if listed else problems_of(parts, 1)
+
+
 def held_out(parts: Parts) -> list[Problem]:
     """The problems of every evaluation. Raises InputError if the task has none."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 from tiny import one_thread  # noqa: F401
 from torch import Tensor
 
-from cepo import axes, trainer, update
+from cepo import axes, checkpoint, trainer, update
 from cepo.config import Config, EvalConfig, RolloutConfig, TrainConfig
+from cepo.errors import InputError
 from cepo.metrics import Clock
 from cepo.parts import Parts, load_parts
 from cepo.policy import response_logits
+from cepo.tasks import Problem
 from cepo_kernels import token_logprobs
 
 
@@ -230,3 +233,49 @@ def test_a_head_that_cannot_be_told_apart_gives_the_same_step() -> None:
         record = trainer.train_step(parts, trainer.make_optimizer(parts), 1)
         losses.append((record["loss"], record["gradient_norm"], record["entropy"]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def jsonl(path: Path, **changes: str) -> dict[str, str]:
+    """A file of training problems of which the last differs, as `task` of a config."""
+    lines = [{"prompt": f"{i}+{i}", "answer": str(2 * i), "split": "train"} for i in range(9)]
+    lines += [{**lines[0], **changes}] if changes else []
+    lines += [{"prompt": f"1+{i}", "answer": str(1 + i), "split": "validation"} for i in range(2, 4)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"name": f"jsonl:{path}"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "credit", "words"),
+    [
+        ({"prompt": "7 " * 600}, "uniform", "prompt '7 7"),
+        ({"prompt": "8+8+8", "answer": "7 " * 600}, "cepo", "teacher context of prompt '8\\+8\\+8'"),
+        ({"prompt": "8+8+8", "answer": "7 " * 600}, "uniform", None),
+    ],
+)
+def test_every_listed_training_problem_is_checked_before_a_run(
+    tmp_path: Path, changes: dict[str, str], credit: str, words: str | None
+) -> None:
+    sections = {"task": jsonl(tmp_path / "file.jsonl", **changes), "credit": {"name": credit}}
+    parts = load_parts(small(**sections, rollout={"prompts": 1, "max_new_tokens": 28}))
+    if words is None:
+        trainer.check_prompts(parts)
+        return
+    with pytest.raises(InputError, match=f"{words}.*expected at most 1024 tokens"):
+        trainer.check_prompts(parts)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_bad_input_in_a_step_leaves_a_checkpoint_of_those_before(tmp_path: Path, step: int) -> None:
+    parts = load_parts(small(rollout={"prompts": 2, "group_size": 4}))
+    endless = parts.task.train
+
+    def train(index: int, seed: int) -> Problem:
+        return Problem("7 " * 600, "7") if index // 2 + 1 == step else endless(index, seed)
+
+    parts.task.train = train  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="expected at most 1024 tokens"):
+        list(trainer.train(parts, tmp_path))
+    last = checkpoint.newest(tmp_path)
+    assert (last and last.name) == (None if step == 1 else "step-000002")
+    if last is not None:
+        assert same_bits(parts, load_parts(parts.config, str(last)))

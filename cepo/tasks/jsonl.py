@@ -43,6 +43,10 @@ class Jsonl:
             self._order = (seed, epoch), order
         return problems[self._order[1][place]]
 
+    def training_problems(self) -> list[Problem]:
+        """All of them, so that what does not fit the model is told before a run starts."""
+        return self._splits["train"]
+
     def split(self, name: str, n: int) -> list[Problem]:
         check_split(name, n)
         if not self._splits[name]:
