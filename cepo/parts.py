@@ -39,9 +39,13 @@ class Parts:
 def load_task(config: Config) -> Task:
     """The task of `config`. Raises InputError if there is none such."""
     try:
-        return get_task(config.task.name, **config.task.options)
+        task = get_task(config.task.name, **config.task.options)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(one_line(error)) from error
+    length = task.max_new_tokens
+    if not isinstance(length, int) or length < 1:
+        raise InputError(f"task.options: expected max_new_tokens to be a whole number, at least 1, got {length!r}")
+    return task
 
 
 def load_parts(config: Config, model: str | None = None) -> Parts:

@@ -74,7 +74,7 @@ def load_policy(config: PolicyConfig) -> Policy:
         AutoConfig.from_pretrained(source, **options)  # the cheapest way to learn that there is nothing to load
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a damaged file fails in whatever way the library that reads it does
         raise InputError(f"policy.model: cannot load {config.model!r}: {one_line(error)[:300]}") from error
     if getattr(model.config, "quantization_config", None) is not None:
         model = _without_quantization(model)
@@ -300,7 +300,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device).tolist()  # which "meta" cannot
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"policy.device: expected auto, cpu or a usable device, got {name!r}") from error
     return device

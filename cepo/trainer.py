@@ -28,8 +28,8 @@ from torch import Tensor
 
 from cepo import checkpoint, metrics, rollout, teacher
 from cepo.credit import lam_at
-from cepo.metrics import Clock, mean
 from cepo.errors import InputError
+from cepo.metrics import Clock, mean
 from cepo.parts import Parts, held_out, is_success, problems_of, score, training_problems
 from cepo.update import Batch, make_batch, update
 

@@ -33,7 +33,7 @@ TIMES = ("seconds", "tokens_per_second")
 
 def train(run: Path, start: Path | None = None, **sections: Any) -> None:
     run.mkdir(exist_ok=True)
-    (run / checkpoint.CONFIG).touch()
+    (run / checkpoint.CONFIG).write_text("{}\n")
     for _ in trainer.train(load_parts(config(**sections), start and str(start)), run, start):
         pass
 
