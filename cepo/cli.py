@@ -33,6 +33,11 @@ _SUMMARY = {
 class _Parser(ArgumentParser):
     """Says what is wrong in one line, and leaves the leaving to `main`."""
 
+    def format_help(self) -> str:
+        """Without the options that take a file for one section: `--config` does for all of them."""
+        lines = super().format_help().splitlines(keepends=True)
+        return "".join(line for line in lines if "Path to a configuration file." not in line)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise InputError(one_line(message)) from ex
 
@@ -98,6 +103,8 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
         if "parsing config" in str(error):  # which does not say of what
             raise InputError(f"{', '.join(_values(arguments, '--config'))}: {error}") from error
         raise
+    except (TypeError, AttributeError, UnicodeDecodeError) as error:  # a file given to a section, of the wrong kind
+        raise InputError(f"options: expected a value or YAML file for each, got {one_line(error)}") from error
     if command == "train" and parsed.resume is not None and not resume:
         raise InputError(f"--resume: expected on the command line, not in a config, got {parsed.resume!r}")
     return Config(**{field.name: parsed[field.name] for field in fields(Config)}).check(), parsed
