@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from cepo import __version__
 from cepo.errors import InputError, one_line
 
 if TYPE_CHECKING:
@@ -33,9 +35,9 @@ _SUMMARY = {
 class _Parser(ArgumentParser):
     """Says what is wrong in one line, and leaves the leaving to `main`."""
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **options: Any) -> str:
         """Without the options that take a file for one section: `--config` does for all of them."""
-        lines = super().format_help().splitlines(keepends=True)
+        lines = super().format_help(*args, **options).splitlines(keepends=True)
         return "".join(line for line in lines if "Path to a configuration file." not in line)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -46,7 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 if the doctor finds a wrong result, 2 for bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read this has left, as `head` does; what is still in the buffer would fail once more at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except InputError as error:
         print(f"cepo: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -61,7 +69,10 @@ def _run(arguments: list[str]) -> int:
         print("usage: cepo COMMAND [options]\n")
         for name, summary in _SUMMARY.items():
             print(f"  {name:8} {summary}")
-        print("\n`cepo COMMAND --help` lists the options of a command.")
+        print("\n`cepo COMMAND --help` lists the options of a command, `cepo --version` says which cepo this is.")
+        return 0
+    if command == "--version":
+        print(f"cepo {__version__}")
         return 0
     if command not in _SUMMARY:
         raise InputError(f"command: expected one of {', '.join(_SUMMARY)}, got {command!r}")
@@ -75,8 +86,13 @@ def _run(arguments: list[str]) -> int:
 
 def _parser(command: str) -> _Parser:
     usage = f"cepo {command}" + ("" if command == "doctor" else " [--config FILE] [--section.key value ...]")
-    texts = {"usage": usage, "description": _SUMMARY[command], "epilog": _EPILOG[command]}
-    return _Parser(prog=f"cepo {command}", allow_abbrev=False, **texts)
+    return _Parser(
+        prog=f"cepo {command}",
+        usage=usage,
+        description=_SUMMARY[command],
+        epilog=_EPILOG[command],
+        allow_abbrev=False,
+    )
 
 
 def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:

@@ -56,6 +56,14 @@ def test_a_failing_compiler_costs_the_extension_and_not_the_install(tmp_path):
     assert not list((tmp_path / "build").rglob("_cpu*.so"))
 
 
+def test_a_compiler_that_is_not_there_costs_the_extension_and_not_the_install(tmp_path):
+    result = run_setup(tmp_path, CXX="/nonexistent/g++", CUDA_HOME=str(tmp_path), CUDA_PATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "cepo: built without cepo_kernels._cpu" in line]
+    assert "'/nonexistent/g++'" in line
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.skipif(shutil.which("g++") is None or shutil.which("nm") is None, reason="needs g++ and nm")
 @pytest.mark.skipif(backends.unavailable("cpu:portable", "cpu") is not None, reason="no native build here")
 @pytest.mark.parametrize("isa", ISAS)
