@@ -121,15 +121,16 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
         raise
     except (TypeError, AttributeError, UnicodeDecodeError) as error:  # a file given to a section, of the wrong kind
         raise InputError(f"options: expected a value or YAML file for each, got {one_line(error)}") from error
-    if command == "train" and parsed.resume is not None and not resume:
+    if command == "train" and parsed.resume != (resume[-1] if resume else None):
         raise InputError(f"--resume: expected on the command line, not in a config, got {parsed.resume!r}")
     return Config(**{field.name: parsed[field.name] for field in fields(Config)}).check(), parsed
 
 
 def _values(arguments: Sequence[str], name: str) -> list[str]:
-    """All values given to an option."""
-    values = [after for argument, after in pairwise(arguments) if argument == name]
-    return values + [argument.split("=", 1)[1] for argument in arguments if argument.startswith(f"{name}=")]
+    """All values given to an option, in their order."""
+    joined = [argument.partition("=")[2] if argument.startswith(f"{name}=") else None for argument in arguments]
+    split = [None, *(after if argument == name else None for argument, after in pairwise(arguments))]
+    return [value for pair in zip(joined, split, strict=False) for value in pair if value is not None]
 
 
 def _check_yaml(path: str) -> None:
@@ -143,11 +144,11 @@ def _check_yaml(path: str) -> None:
     except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"--config: expected a YAML file, got {path!r}: {one_line(error)[:200]}") from error
     if not isinstance(content, dict):
-        raise InputError(f"--config: {path}: expected sections, got {content!r}")
+        raise InputError(f"--config: {path}: expected sections, got {content!r:.60}")
     for field in fields(Config):
         value = content.get(field.name, {})
         if is_dataclass(field.default_factory) and not isinstance(value, dict):
-            raise InputError(f"--config: {path}: {field.name}: expected a section, got {value!r}")
+            raise InputError(f"--config: {path}: {field.name}: expected a section, got {value!r:.60}")
 
 
 def _train(arguments: list[str]) -> int:

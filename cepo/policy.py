@@ -76,9 +76,9 @@ def load_policy(config: PolicyConfig) -> Policy:
         # Wrong shapes and missing weights are told below, in one line in place of their table.
         options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
         verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         try:
-            loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(source, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
         finally:
             transformers_logging.set_verbosity(verbosity)
     except Exception as error:  # a damaged file fails in whatever way the library that reads it does
