@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +21,7 @@ from cepo import metrics
 from cepo.cli import main, parse
 from cepo.config import Config
 from cepo.errors import InputError
-from cepo.policy import threads
+from cepo.policy import EMBEDDED, threads
 from cepo.report import curves
 
 QUICK = ["--train.steps", "2", "--rollout.prompts", "3", "--rollout.group_size", "4", "--eval.problems", "8"]
@@ -71,6 +76,17 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--teacher.template", "x"], ["teacher.template", "hint", "splice"]),
         (["train", "--teacher.hint", "no answer"], ["teacher.hint", "{answer}"]),
         (["train", "--teacher.hint", "{answer} {x}"], ["teacher.hint", "{x}"]),
+        (["train", "--teacher.hint", "{answer.x} {answer}"], ["teacher.hint", "{answer.x}"]),
+        (["train", "--teacher.hint", "{answer[x]}"], ["teacher.hint", "{answer[x]}"]),
+        (["train", "--train.seed", str(1 << 63)], ["train.seed", "[0, 2^63)"]),
+        (["train", "--eval.seed", "-1"], ["eval.seed", "[0, 2^63)", "-1"]),
+        (["train", "--policy.device", "meta"], ["policy.device", "'meta'"]),
+        (["train", "--task.options", '{"max_new_tokens": 0}'], ["task.options", "at least 1", "0"]),
+        (["train", "--task.options", '{"max_new_tokens": -4}'], ["task.options", "at least 1", "-4"]),
+        (["train", "--task.options", '{"max_new_tokens": "abc"}'], ["task.options", "whole number", "'abc'"]),
+        (["train", "--resume", ""], ["--resume", "''"]),
+        (["train", "--resume="], ["--resume", "''"]),
+        (["train", "--resum", "runs/x"], ["--resum"]),
         (["train", "--backend", "abacus"], ["backend", "abacus"]),
         (["train", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["train", "--resume", "nowhere"], ["--resume", "nowhere"]),
@@ -109,12 +125,56 @@ def test_a_bad_jsonl_file_is_told_by_line(
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("train: {stepz: 3}", ["stepz"]), ("train: [", ["bad.yaml"]), ("magic: 1", ["magic"])]
+    ("text", "words"),
+    [
+        (b"train: {stepz: 3}", ["stepz"]),
+        (b"train: [", ["bad.yaml"]),
+        (b"magic: 1", ["magic"]),
+        (b"train: 3", ["bad.yaml", "train: expected a section, got 3"]),
+        (b"train:", ["bad.yaml", "train: expected a section, got None"]),
+        (b"", ["bad.yaml", "expected sections, got None"]),
+        (b"\x89PNG\xff\x00", ["bad.yaml", "expected a YAML file"]),
+        (b"resume: runs/x", ["--resume", "on the command line"]),
+    ],
 )
-def test_a_bad_yaml_file_is_one_line(capsys: pytest.CaptureFixture[str], text: str, words: list[str]) -> None:
-    Path("bad.yaml").write_text(text)
+def test_a_bad_yaml_file_is_one_line(capsys: pytest.CaptureFixture[str], text: bytes, words: list[str]) -> None:
+    Path("bad.yaml").write_bytes(text)
     message = refused(capsys, "train", "--config", "bad.yaml")
     assert all(word in message for word in words)
+
+
+def test_a_bad_file_for_one_section_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_bytes(b"\xff\xfe")
+    assert "YAML file" in refused(capsys, "train", "--train", "bad.yaml")
+
+
+def one_more_layer(config: bytes) -> bytes:
+    content = json.loads(config)
+    layers = [*content["layer_types"], "full_attention"]
+    return json.dumps({**content, "layer_types": layers, "num_hidden_layers": len(layers)}).encode()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("model.safetensors", lambda content: content[:1000], "cannot load"),
+        ("model.safetensors", lambda content: b"", "cannot load"),
+        ("config.json", lambda content: content.replace(b'"hidden_size": 128', b'"hidden_size": 64'), "its config"),
+        ("config.json", one_more_layer, "lack"),
+    ],
+    ids=["cut", "empty", "shapes", "layers"],
+)
+def test_a_damaged_model_is_one_line(
+    capfd: pytest.CaptureFixture[str], file: str, change: Callable[[bytes], bytes], words: str
+) -> None:
+    shutil.copytree(EMBEDDED, "model")
+    content = Path("model", file).read_bytes()
+    Path("model", file).write_bytes(change(content))
+    assert Path("model", file).read_bytes() != content
+    message = refused(capfd, "eval", "--policy.model", "./model")
+    assert "policy.model" in message
+    assert "./model" in message
+    assert words in message
 
 
 def test_a_prompt_longer_than_the_context_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
