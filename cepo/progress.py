@@ -33,11 +33,8 @@ def follow(records: Iterable[dict[str, Any]], steps: int, done: int = 0) -> None
             bar.update(step - bar.n)
             if record["skipped_updates"] and not warned:
                 warned = True
-                bar.write(
-                    f"warning: step {step}: the gradient is not finite, so its update is skipped "
-                    "(skipped_updates in metrics.jsonl counts them)",
-                    file=sys.stderr,
-                )
+                # metrics.jsonl counts them all
+                bar.write(f"warning: step {step}: the gradient is not finite, its update is skipped", file=sys.stderr)
             if step == steps or step % max(1, steps // _LINES) == 0:
                 width = shutil.get_terminal_size().columns
                 bar.write(textwrap.fill(summary(record), width, subsequent_indent=" " * 11), file=sys.stderr)

@@ -157,7 +157,8 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     parts = load_parts(small())
     parts = replace(parts, advantage=lambda rewards: torch.full_like(rewards, float("inf")))
     before = weights(parts)
-    trainer.train_step(parts, trainer.make_optimizer(parts), 1)
+    record = trainer.train_step(parts, trainer.make_optimizer(parts), 1)
+    assert record["skipped_updates"] == 1
     assert all(torch.equal(before[name], value) for name, value in weights(parts).items())
 
 
@@ -279,3 +280,30 @@ def test_bad_input_in_a_step_leaves_a_checkpoint_of_those_before(tmp_path: Path,
     assert (last and last.name) == (None if step == 1 else "step-000002")
     if last is not None:
         assert same_bits(parts, load_parts(parts.config, str(last)))
+
+
+def test_the_learning_rate_warms_up() -> None:
+    parts, records = steps(small(train={"warmup_steps": 3, "lr": 1e-3}, rollout={"prompts": 2, "group_size": 4}), n=5)
+    assert [r["lr"] for r in records] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
+    optimizer = trainer.make_optimizer(parts)
+    trainer.train_step(parts, optimizer, 2)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5e-3])
+
+
+def test_a_step_uses_its_temperature_in_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = spied(monkeypatch)
+    parts = load_parts(small(rollout={"temperature": 0.7}))
+    rollouts = trainer.rollout.sample(
+        parts.policy, trainer.problems_of(parts, 1), group_size=4, max_new_tokens=28, temperature=0.7, key=(0, 1)
+    )
+    rewards = trainer.score(parts, rollouts)
+    mixed = [p for p in range(6) if len(set(rewards[4 * p : 4 * p + 4])) > 1]
+    rows = [b for p in mixed for b in range(4 * p, 4 * p + 4)]
+    contexts = [rollouts.prompts[b // 4] for b in rows]
+    logits = response_logits(parts.policy, contexts, [rollouts.responses[b] for b in rows]).detach()
+    labels = torch.tensor([token for b in rows for token in rollouts.responses[b]])
+    expected = token_logprobs(logits, labels, temperature=0.7).logprobs
+    trainer.train_step(parts, trainer.make_optimizer(parts), 1)
+    (_, result) = calls[0]
+    torch.testing.assert_close(result.credit.logprobs, expected)
+    assert (expected - token_logprobs(logits, labels).logprobs).abs().max() > 0.01
