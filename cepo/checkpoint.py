@@ -1,12 +1,12 @@
 """Run directories and checkpoints: complete or absent, never half there.
 
-    <run>/config.yaml  metrics.jsonl  curves.png
+    <run>/config.yaml  metrics.jsonl  curves.png  .lock
     <run>/checkpoints/step-000020/   a model that `from_pretrained` loads, its tokenizer, and
                                      state.pt       the optimizer's
                                      manifest.json  step, and size and SHA-256 of every file
 
 Everything is written under a temporary name, flushed to disk and renamed. Schedules, data order and sampling noise are
-functions of the step, so the step is all that their state consists of.
+functions of the step, so the step is all that their state consists of. The lock is that of the process which trains.
 """
 
 from __future__ import annotations

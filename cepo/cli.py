@@ -45,7 +45,10 @@ class _Parser(ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, 1 if the doctor finds a wrong result, 2 for bad input."""
+    """Run a command. Returns the exit status: 0, 1 if the doctor finds a wrong result, 2 for bad input.
+
+    130 after an interrupt, 141 if nobody reads the output any more: 128 + the signal, as shells count.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _run(arguments)
