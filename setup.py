@@ -46,8 +46,8 @@ class NinjaBuild(build_ext):
             if result.returncode != 0:
                 print(result.stdout, result.stderr, file=sys.stderr)
                 raise MissingToolError(f"the compiler failed on {ext.name} (its output stands above)")
-        except MissingToolError as missing:
-            print(f"cepo: built without {ext.name}: {missing}", file=sys.stderr, flush=True)
+        except (MissingToolError, OSError, ImportError) as reason:  # ninja itself may be missing or not run
+            print(f"cepo: built without {ext.name}: {reason}", file=sys.stderr, flush=True)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
@@ -137,13 +137,16 @@ def find_nvcc() -> Path | None:
 
 
 def accepts(cxx: str, flag: str) -> bool:
-    probe = subprocess.run(
-        [*cxx.split(), flag, "-x", "c++", "-", "-o", os.devnull],
-        input="#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        probe = subprocess.run(
+            [*cxx.split(), flag, "-x", "c++", "-", "-o", os.devnull],
+            input="#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError as error:
+        raise MissingToolError(f"cannot run the C++ compiler {cxx!r}: {error.strerror}; set CXX to another") from None
     return probe.returncode == 0
 
 

@@ -1,12 +1,12 @@
 """Run directories and checkpoints: complete or absent, never half there.
 
-    <run>/config.yaml  metrics.jsonl  curves.png
+    <run>/config.yaml  metrics.jsonl  curves.png  .lock
     <run>/checkpoints/step-000020/   a model that `from_pretrained` loads, its tokenizer, and
-                                     state.pt       optimizer and torch's generator
+                                     state.pt       the optimizer's
                                      manifest.json  step, and size and SHA-256 of every file
 
 Everything is written under a temporary name, flushed to disk and renamed. Schedules, data order and sampling noise are
-functions of the step, so the step is all that their state consists of.
+functions of the step, so the step is all that their state consists of. The lock is that of the process which trains.
 """
 
 from __future__ import annotations
@@ -23,25 +23,37 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from cepo.errors import InputError, one_line
 
 FOLDER = "checkpoints"
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 STATE = "state.pt"
+LOCK = ".lock"
 
 
 def create_run(wanted: str | None, default: str, config: Callable[[str], str]) -> Path:
     """A new run directory with its config in it.
 
     Args:
-        wanted: its path, which must not exist yet; None: runs/<default>, with a number behind it if that exists.
+        wanted: its path, new or an empty directory; None: runs/<default>, with a number behind it if that exists.
         config: text of config.yaml, given the path.
 
     Raises InputError if the path is taken.
     """
     path = Path(wanted or Path("runs", default)).expanduser()
     number = 2
+    if wanted is not None and path.is_dir() and not any(path.iterdir()):
+        with suppress(FileExistsError):  # of two processes one gets it
+            (path / FOLDER).mkdir()
+            with replacing(path / CONFIG) as temporary:
+                temporary.write_text(config(str(path)))
+            return path
     while path.exists():
         if wanted is not None:
             raise InputError(f"run_dir: {wanted!r} exists already; continue it with --resume {wanted}, or name another")
@@ -61,7 +73,7 @@ def save(run: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.opti
         temporary.mkdir()
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        torch.save({"optimizer": optimizer.state_dict(), "generator": torch.get_rng_state()}, temporary / STATE)
+        torch.save({"optimizer": optimizer.state_dict()}, temporary / STATE)
         files = {str(file.relative_to(temporary)): _digest(file) for file in _files(temporary)}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
     for old in _all(run)[:-keep]:
@@ -70,10 +82,18 @@ def save(run: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.opti
 
 
 def load_state(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Bring optimizer and torch's generator back to where they were."""
-    state = torch.load(path / STATE, weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["generator"])
+    """Bring the optimizer back to where it was."""
+    optimizer.load_state_dict(torch.load(path / STATE, weights_only=True)["optimizer"])
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint that is whole."""
+    return int(json.loads((path / MANIFEST).read_text())["step"])
+
+
+def saved(run: Path) -> bool:
+    """Whether a run has a checkpoint, whole or not."""
+    return bool(_all(run))
 
 
 def newest(run: Path) -> Path | None:
@@ -91,22 +111,50 @@ def verify(path: Path) -> int:
     Raises InputError if they are not, with the newest earlier one that is whole.
     """
     if (damage := _damage(path)) is None:
-        return int(json.loads((path / MANIFEST).read_text())["step"])
+        return step_of(path)
     earlier = next((p for p in reversed(_all(path.parent.parent)) if p.name < path.name and not _damage(p)), None)
     offer = f"the previous one is whole: --resume {earlier}" if earlier else "and no earlier one is whole"
     raise InputError(f"checkpoint {path} is damaged ({damage}); {offer}")
 
 
-def locate(resume: str) -> tuple[Path, Path | None]:
-    """The run and the checkpoint that `--resume` means: a run directory (its newest) or one of its checkpoints."""
+def run_of(resume: str) -> Path:
+    """The run directory that `--resume` means: itself, or that of one of its checkpoints."""
     path = Path(resume).expanduser()
-    if (path / CONFIG).is_file():
-        return path, newest(path)
+    if resume and (path / CONFIG).is_file():
+        return path
     run = path.parent.parent
     if path.parent.name == FOLDER and path.is_dir() and (run / CONFIG).is_file():
-        verify(path)
-        return run, path
+        return run
     raise InputError(f"--resume: expected a run directory or one of its checkpoints, got {resume!r}")
+
+
+def locate(resume: str) -> tuple[Path, Path | None]:
+    """The run that `--resume` means, and the checkpoint: the one it names, or the run's newest."""
+    path, run = Path(resume).expanduser(), run_of(resume)
+    if path == run:
+        return run, newest(run)
+    verify(path)
+    return run, path
+
+
+@contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Keep other processes from training in `run`. Raises InputError if one does already."""
+    if fcntl is None:
+        yield
+        return
+    try:
+        file = (run / LOCK).open("a")
+    except OSError as error:
+        raise InputError(f"cannot write {run / LOCK}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another process trains in {run}") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 @contextmanager
@@ -152,9 +200,12 @@ def _all(run: Path) -> list[Path]:
 
 def _damage(path: Path) -> str | None:
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
         return f"{MANIFEST}: {one_line(error)}"
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or STATE not in files or not isinstance(manifest.get("step"), int):
+        return f"{MANIFEST}: expected a step and files"
     for name, written in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"

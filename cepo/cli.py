@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from contextlib import ExitStack
+from dataclasses import fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from cepo import __version__
 from cepo.errors import InputError, one_line
 
 if TYPE_CHECKING:
@@ -30,20 +35,34 @@ _SUMMARY = {
 class _Parser(ArgumentParser):
     """Says what is wrong in one line, and leaves the leaving to `main`."""
 
+    def format_help(self, *args: Any, **options: Any) -> str:
+        """Without the options that take a file for one section: `--config` does for all of them."""
+        lines = super().format_help(*args, **options).splitlines(keepends=True)
+        return "".join(line for line in lines if "Path to a configuration file." not in line)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise InputError(one_line(message)) from ex
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, 1 if the doctor finds a wrong result, 2 for bad input."""
+    """Run a command. Returns the exit status: 0, 1 if the doctor finds a wrong result, 2 for bad input.
+
+    130 after an interrupt, 141 if nobody reads the output any more: 128 + the signal, as shells count.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read this has left, as `head` does; what is still in the buffer would fail once more at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except InputError as error:
         print(f"cepo: error: {one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("cepo: interrupted; `cepo train --resume` continues from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(("cepo: interrupted", *interrupt.args)), file=sys.stderr)
         return 130
 
 
@@ -53,7 +72,10 @@ def _run(arguments: list[str]) -> int:
         print("usage: cepo COMMAND [options]\n")
         for name, summary in _SUMMARY.items():
             print(f"  {name:8} {summary}")
-        print("\n`cepo COMMAND --help` lists the options of a command.")
+        print("\n`cepo COMMAND --help` lists the options of a command, `cepo --version` says which cepo this is.")
+        return 0
+    if command == "--version":
+        print(f"cepo {__version__}")
         return 0
     if command not in _SUMMARY:
         raise InputError(f"command: expected one of {', '.join(_SUMMARY)}, got {command!r}")
@@ -67,7 +89,13 @@ def _run(arguments: list[str]) -> int:
 
 def _parser(command: str) -> _Parser:
     usage = f"cepo {command}" + ("" if command == "doctor" else " [--config FILE] [--section.key value ...]")
-    return _Parser(prog=f"cepo {command}", usage=usage, description=_SUMMARY[command], epilog=_EPILOG[command])
+    return _Parser(
+        prog=f"cepo {command}",
+        usage=usage,
+        description=_SUMMARY[command],
+        epilog=_EPILOG[command],
+        allow_abbrev=False,
+    )
 
 
 def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
@@ -80,27 +108,50 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
         parser.add_argument("--resume", help="a run directory or one of its checkpoints to continue from")
     parser.add_class_arguments(Config, as_group=True)
     arguments = list(arguments)
-    if resume := _option(arguments, "--resume"):
+    resume = _values(arguments, "--resume")
+    if command == "train" and resume:
         from cepo import checkpoint
 
         # Its own config comes first, so that what is given here overrides it.
-        arguments = ["--config", str(checkpoint.locate(resume)[0] / checkpoint.CONFIG), *arguments]
+        arguments = ["--config", str(checkpoint.run_of(resume[-1]) / checkpoint.CONFIG), *arguments]
+    for path in _values(arguments, "--config"):
+        _check_yaml(path)
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except InputError as error:
         if "parsing config" in str(error):  # which does not say of what
-            raise InputError(f"{_option(arguments, '--config')}: {error}") from error
+            raise InputError(f"{', '.join(_values(arguments, '--config'))}: {error}") from error
         raise
+    except (TypeError, AttributeError, UnicodeDecodeError) as error:  # a file given to a section, of the wrong kind
+        raise InputError(f"options: expected a value or YAML file for each, got {one_line(error)}") from error
+    if command == "train" and parsed.resume != (resume[-1] if resume else None):
+        raise InputError(f"--resume: expected on the command line, not in a config, got {parsed.resume!r}")
     return Config(**{field.name: parsed[field.name] for field in fields(Config)}).check(), parsed
 
 
-def _option(arguments: Sequence[str], name: str) -> str | None:
-    for i, argument in enumerate(arguments):
-        if argument == name:
-            return arguments[i + 1] if i + 1 < len(arguments) else None
-        if argument.startswith(f"{name}="):
-            return argument.split("=", 1)[1]
-    return None
+def _values(arguments: Sequence[str], name: str) -> list[str]:
+    """All values given to an option, in their order."""
+    joined = [argument.partition("=")[2] if argument.startswith(f"{name}=") else None for argument in arguments]
+    split = [None, *(after if argument == name else None for argument, after in pairwise(arguments))]
+    return [value for pair in zip(joined, split, strict=False) for value in pair if value is not None]
+
+
+def _check_yaml(path: str) -> None:
+    """Raise InputError for what would break the parser, and not be told by it."""
+    from cepo.config import Config
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        return  # which it does tell
+    except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"--config: expected a YAML file, got {path!r}: {one_line(error)[:200]}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--config: {path}: expected sections, got {content!r:.60}")
+    for field in fields(Config):
+        value = content.get(field.name, {})
+        if is_dataclass(field.default_factory) and not isinstance(value, dict):
+            raise InputError(f"--config: {path}: {field.name}: expected a section, got {value!r:.60}")
 
 
 def _train(arguments: list[str]) -> int:
@@ -108,80 +159,74 @@ def _train(arguments: list[str]) -> int:
     from cepo import checkpoint, trainer
     from cepo.parts import load_parts
     from cepo.policy import threads
+    from cepo.progress import follow
     from cepo.report import curves
 
-    run, start = checkpoint.locate(parsed.resume) if parsed.resume else (None, None)
-    # What can be refused is refused before there is a run directory.
-    parts = load_parts(config, None if start is None else str(start))
-    trainer.check_prompts(parts)
+    run, start, done = None, None, 0
+    with ExitStack() as held:
+        if parsed.resume is not None:
+            run = checkpoint.run_of(parsed.resume)
+            held.enter_context(checkpoint.lock(run))
+            _, start = checkpoint.locate(parsed.resume)
+            done = 0 if start is None else checkpoint.step_of(start)
+            _check_resumed(config, run, done)
+            if config.train.steps == done:
+                print(f"nothing to do: {run} has all {done} steps", file=sys.stderr)
+                return 0
+        # What can be refused is refused before there is a run directory.
+        parts = load_parts(config, None if start is None else str(start))
+        trainer.check_prompts(parts)
 
-    def resolved(path: str) -> str:
-        config.run_dir = path
-        return _dump(config)
+        def resolved(path: str) -> str:
+            config.run_dir = path
+            return _dump(config)
 
-    if run is None:
-        name = f"{config.task.name.split('/')[-1].replace(':', '-')}-{config.credit.name}-seed{config.train.seed}"
-        run = checkpoint.create_run(config.run_dir, name, resolved)
-    else:
-        with checkpoint.replacing(run / checkpoint.CONFIG) as temporary:
-            temporary.write_text(resolved(str(run)))
-    print(f"run directory: {run}", file=sys.stderr)
-    with threads(parts.policy, config.policy.threads):
-        _follow(trainer.train(parts, run, start), config.train.steps)
-    print(f"curves: {curves.draw(run)}", file=sys.stderr)
+        if run is None:
+            name = f"{config.task.name.split('/')[-1].replace(':', '-')}-{config.credit.name}-seed{config.train.seed}"
+            run = checkpoint.create_run(config.run_dir, name, resolved)
+            held.enter_context(checkpoint.lock(run))
+        else:
+            with checkpoint.replacing(run / checkpoint.CONFIG) as temporary:
+                temporary.write_text(resolved(str(run)))
+        print(f"run directory: {run}", file=sys.stderr)
+        try:
+            with threads(parts.policy, config.policy.threads):
+                follow(trainer.train(parts, run, start), config.train.steps, done)
+        except KeyboardInterrupt:
+            if not checkpoint.saved(run):
+                raise
+            raise KeyboardInterrupt(f"`cepo train --resume {run}` continues from the last checkpoint") from None
+        print(f"curves: {curves.draw(run)}", file=sys.stderr)
     return 0
 
 
-def _follow(records: Any, steps: int) -> None:
-    """Show records as they come: training in the bar, evaluations as lines of their own."""
-    from tqdm import tqdm
+def _check_resumed(config: Config, run: Path, done: int) -> None:
+    """Raise InputError for an option that a resumed run would not heed."""
+    from cepo import checkpoint
 
-    first: dict[str, Any] | None = None
-    latest: dict[str, Any] = {}
-    with tqdm(total=steps, unit="step", dynamic_ncols=True) as bar:
-        for record in records:
-            if record["kind"] == "eval":
-                first, latest = first or record, record
-                bar.write(
-                    f"step {record['step']:4d}  held-out accuracy: sampled {record['sampled']:.3f}, "
-                    f"greedy {record['greedy']:.3f}  ({record['problems']} problems of {record['split']})"
-                )
-            else:
-                bar.update(record["step"] - bar.n)
-                bar.set_postfix_str(_summary(record))
-    if first is not None and latest["step"] > first["step"]:
-        gain = 100 * (latest["sampled"] - first["sampled"])
-        print(f"sampled accuracy {first['sampled']:.3f} -> {latest['sampled']:.3f} ({gain:+.1f} points)")
-
-
-def _summary(record: dict[str, Any]) -> str:
-    """A step in one line: the numbers a person watches, and where its time went."""
-
-    def show(key: str, label: str, form: str = ".2f") -> list[str]:
-        return [] if record.get(key) is None else [f"{label} {record[key]:{form}}"]
-
-    whole = sum(record["seconds"].values())
-    phases = " ".join(f"{name} {seconds / whole:.0%}" for name, seconds in record["seconds"].items() if name != "other")
-    parts = [
-        *show("reward", "reward"),
-        *show("accuracy", "acc"),
-        *show("entropy", "H", ".3f"),
-        *show("zero_variance", "flat"),
-        *show("lam", "lam"),
-        *show("evidence_right", "ev+"),
-        *show("evidence_wrong", "ev-"),
-        *show("weight_clipped", "clip"),
-        *show("tokens_per_second", "tok/s", ".0f"),
-    ]
-    return f"{' '.join(parts)} | {phases}"
+    own, _ = parse("train", ["--config", str(run / checkpoint.CONFIG)])
+    for name, got, kept in (
+        ("policy.model", config.policy.model, own.policy.model),
+        ("policy.gguf_file", config.policy.gguf_file, own.policy.gguf_file),
+        ("run_dir", config.run_dir, own.run_dir),
+    ):
+        if got != kept:
+            raise InputError(f"--{name}: a resumed run keeps its own, expected {kept!r} or nothing, got {got!r}")
+    if config.train.steps < done:
+        raise InputError(f"--train.steps: expected at least {done}, which {run} has already, got {config.train.steps}")
 
 
 def _eval(arguments: list[str]) -> int:
     config, _ = parse("eval", arguments)
-    from cepo import trainer
+    from cepo import checkpoint, trainer
     from cepo.parts import load_parts
     from cepo.policy import threads
 
+    run = Path(config.policy.model).expanduser()
+    if (run / checkpoint.CONFIG).is_file() and (run / checkpoint.FOLDER).is_dir():
+        # A run is evaluated as it was trained, but for its model, which is the last checkpoint.
+        own = ["--config", str(run / checkpoint.CONFIG), f"--policy.model={run}", "--policy.gguf_file=null"]
+        config, _ = parse("eval", [*own, *arguments])
     parts = load_parts(config)
     with threads(parts.policy, config.policy.threads):
         result = trainer.evaluate(parts)

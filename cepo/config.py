@@ -23,6 +23,10 @@ def _one_of(name: str, got: str, choices: Collection[str]) -> None:
     _require(got in choices, name, f"one of {', '.join(choices)}", got)
 
 
+def _check_seed(name: str, seed: int) -> None:
+    _require(0 <= seed < 1 << 63, name, "a number in [0, 2^63)", seed)
+
+
 @dataclass
 class PolicyConfig:
     """The model that learns.
@@ -114,7 +118,7 @@ class TeacherConfig:
         for name, text, fields in (("hint", self.hint, ("prompt", "answer")), ("splice", self.splice, ("answer",))):
             try:
                 text.format(**dict.fromkeys(fields, ""))
-            except (KeyError, IndexError, ValueError) as error:
+            except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
                 raise InputError(f"teacher.{name}: expected no braces but {fields}, got {text!r}") from error
             _require("{answer}" in text, f"teacher.{name}", "a text with {answer}", text)
 
@@ -226,9 +230,10 @@ class TrainConfig:
         _require(0 < self.lr < float("inf"), "train.lr", "a number above 0", self.lr)
         _require(self.max_grad_norm > 0, "train.max_grad_norm", "a number above 0", self.max_grad_norm)
         for name, least in (("steps", 1), ("warmup_steps", 0), ("weight_decay", 0), ("updates_per_batch", 1),
-                            ("prompts_per_pass", 0), ("seed", 0)):  # fmt: skip
+                            ("prompts_per_pass", 0)):  # fmt: skip
             value = getattr(self, name)
             _require(value >= least, f"train.{name}", f"at least {least}", value)
+        _check_seed("train.seed", self.seed)
 
 
 @dataclass
@@ -254,6 +259,7 @@ class EvalConfig:
         _require(self.problems >= 1, "eval.problems", "at least 1", self.problems)
         _require(self.every >= 0, "eval.every", "at least 0", self.every)
         _require(0 < self.temperature < float("inf"), "eval.temperature", "a number above 0", self.temperature)
+        _check_seed("eval.seed", self.seed)
 
 
 @dataclass
@@ -289,7 +295,8 @@ class Config:
         train: the optimisation.
         eval: held-out accuracy, sampled and greedy.
         checkpoint: what survives a crash.
-        backend: of cepo_kernels; `cepo doctor` lists them.
+        backend: of cepo_kernels: auto, triton, cpu, cpu:avx512, cpu:avx2, cpu:portable or reference; `cepo doctor` says
+            which run here.
         run_dir: where the run is kept; null: a fresh directory under runs/.
     """
 

@@ -57,11 +57,14 @@ def append(run: Path, record: dict[str, Any]) -> None:
 def read(run: Path) -> list[dict[str, Any]]:
     """All whole records; a line that a crash cut short is left out."""
     records = []
-    for line in (run / FILE).read_text().splitlines() if (run / FILE).exists() else []:
+    for line in (run / FILE).read_bytes().splitlines() if (run / FILE).exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line.decode())
         except ValueError:
             break
+        if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
+            break
+        records.append(record)
     return records
 
 

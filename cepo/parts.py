@@ -39,9 +39,13 @@ class Parts:
 def load_task(config: Config) -> Task:
     """The task of `config`. Raises InputError if there is none such."""
     try:
-        return get_task(config.task.name, **config.task.options)
+        task = get_task(config.task.name, **config.task.options)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(one_line(error)) from error
+    length = task.max_new_tokens
+    if not isinstance(length, int) or length < 1:
+        raise InputError(f"task.options: expected max_new_tokens to be a whole number, at least 1, got {length!r}")
+    return task
 
 
 def load_parts(config: Config, model: str | None = None) -> Parts:
@@ -73,6 +77,12 @@ def problems_of(parts: Parts, step: int) -> list[Problem]:
     """The problems of a step: the next ones of the seed's stream, by random access."""
     per_step, seed = parts.config.rollout.prompts, parts.config.train.seed
     return [parts.task.train((step - 1) * per_step + i, seed) for i in range(per_step)]
+
+
+def training_problems(parts: Parts) -> list[Problem]:
+    """All problems that training can meet where the task has a list of them, else those of the first step."""
+    listed = getattr(parts.task, "training_problems", None)
+    return listed() if listed else problems_of(parts, 1)
 
 
 def held_out(parts: Parts) -> list[Problem]:

@@ -69,14 +69,33 @@ def load_policy(config: PolicyConfig) -> Policy:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     device = _device(config.device)
     source = resolve(config.model)
-    options = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
+    options: dict[str, Any] = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
     try:
         AutoConfig.from_pretrained(source, **options)  # the cheapest way to learn that there is nothing to load
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        # Wrong shapes and missing weights are told below, in one line in place of their table.
+        options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+    except Exception as error:  # a damaged file fails in whatever way the library that reads it does
         raise InputError(f"policy.model: cannot load {config.model!r}: {one_line(error)[:300]}") from error
-    if getattr(model.config, "quantization_config", None) is not None:
+    model, info = loaded
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    if info["mismatched_keys"]:
+        name, got, expected = min(info["mismatched_keys"])
+        raise InputError(
+            f"policy.model: {config.model!r}: by its config {name} is {tuple(expected)}, its weights have {tuple(got)}"
+        )
+    if info["missing_keys"] and not quantized:
+        raise InputError(
+            f"policy.model: {config.model!r}: its weights lack {len(info['missing_keys'])} parameters that its config "
+            f"asks for, {min(info['missing_keys'])} among them"
+        )
+    if quantized:
         model = _without_quantization(model)
     model.to(device=device)
     return make_policy(model, tokenizer, compute_dtype=getattr(torch, config.compute_dtype))
@@ -300,7 +319,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device).tolist()  # which "meta" cannot
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"policy.device: expected auto, cpu or a usable device, got {name!r}") from error
     return device

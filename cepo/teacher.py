@@ -2,8 +2,8 @@
 
 The teachers are the policy itself with an answer in its context. r- is the answer of the group's worst wrong rollout:
 of those with the lowest reward the first that was not truncated and states an answer the task does not accept. If none
-states one, the last line of the first, at most 64 tokens. If none of that is usable, the group has no r- and the policy
-takes the negative teacher's place, which is RLSD.
+states one, the last line of the first, at most 64 tokens. If none of that is usable, or it is too long for the model's
+context, the group has no r- and the policy takes the negative teacher's place, which is RLSD.
 """
 
 from __future__ import annotations
@@ -69,6 +69,16 @@ def teacher_context(policy: Policy, config: TeacherConfig, problem: Problem, ans
     return encode(policy, render(policy, problem.prompt) + config.splice.format(answer=answer))
 
 
+def check_context(policy: Policy, config: TeacherConfig, problem: Problem, response: int) -> None:
+    """Raise InputError if the prompt with its right answer leaves no room for `response` tokens."""
+    context = teacher_context(policy, config, problem, problem.answer)
+    if len(context) + response > policy.context:
+        raise InputError(
+            f"teacher context of prompt {problem.prompt[:40]!r}: expected at most {policy.context} tokens, the "
+            f"model's context, got {len(context)} + {response} of the response"
+        )
+
+
 def build(
     policy: Policy,
     config: TeacherConfig,
@@ -79,7 +89,7 @@ def build(
 ) -> Teachers:
     """The contexts for every rollout. `rewards` is (B,); a rollout is wrong below `threshold`.
 
-    Raises InputError if a context and its responses exceed the model's context.
+    Raises InputError if a right answer and the responses exceed the model's context; a wrong one that does is left out.
     """
     teachers = Teachers()
     known: dict[tuple[int, ...], int] = {}
@@ -87,12 +97,6 @@ def build(
 
     def index(p: int, answer: str) -> int:
         ids = teacher_context(policy, config, rollouts.problems[p], answer)
-        longest = max(len(rollouts.responses[b]) for b in members)
-        if len(ids) + longest > policy.context:
-            raise InputError(
-                f"teacher context of prompt {rollouts.problems[p].prompt[:40]!r}: expected at most {policy.context} "
-                f"tokens, the model's context, got {len(ids)} + {longest} of the response"
-            )
         if tuple(ids) not in known:
             known[tuple(ids)] = len(teachers.prefixes)
             teachers.prefixes.append(ids)
@@ -103,10 +107,16 @@ def build(
 
     def choose(p: int, candidates: Sequence[int]) -> WrongAnswer | None:
         texts = [rollouts.completions[b] for b in candidates]
-        return wrong_answer(policy, task, rollouts.problems[p], texts, [rewards[b] or 0.0 for b in candidates])
+        chosen = wrong_answer(policy, task, rollouts.problems[p], texts, [rewards[b] or 0.0 for b in candidates])
+        if chosen is None:
+            return None
+        ids = teacher_context(policy, config, rollouts.problems[p], chosen.answer)
+        return chosen if len(ids) + longest <= policy.context else None
 
     for p, problem in enumerate(rollouts.problems):
         members = range(p * rollouts.group_size, (p + 1) * rollouts.group_size)
+        longest = max(len(rollouts.responses[b]) for b in members)
+        check_context(policy, config, problem, longest)
         positive = index(p, problem.answer)
         common = choose(p, [b for b in members if usable(b)])
         for b in members:

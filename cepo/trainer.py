@@ -19,6 +19,7 @@ it had never stopped.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from torch import Tensor
 
 from cepo import checkpoint, metrics, rollout, teacher
 from cepo.credit import lam_at
+from cepo.errors import InputError
 from cepo.metrics import Clock, mean
-from cepo.parts import Parts, held_out, is_success, problems_of, score
+from cepo.parts import Parts, held_out, is_success, problems_of, score, training_problems
 from cepo.update import Batch, make_batch, update
 
 Record = dict[str, Any]
@@ -48,16 +50,30 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
         metrics.append(run, line)
         return line
 
-    if start is None:
-        yield record("eval", 0, evaluate(parts))
-    for step in range(done + 1, config.train.steps + 1):
-        yield record("train", step, train_step(parts, optimizer, step))
-        last = step == config.train.steps
-        if last or (config.eval.every and step % config.eval.every == 0):
-            yield record("eval", step, evaluate(parts))
-        if last or step % config.checkpoint.every == 0:
-            policy = parts.policy
-            checkpoint.save(run, step, policy.model, policy.tokenizer, optimizer, config.checkpoint.keep)
+    def save(step: int) -> int:
+        policy = parts.policy
+        checkpoint.save(run, step, policy.model, policy.tokenizer, optimizer, config.checkpoint.keep)
+        return step
+
+    saved = done
+    try:
+        if start is None:
+            yield record("eval", 0, evaluate(parts))
+        for step in range(done + 1, config.train.steps + 1):
+            values = train_step(parts, optimizer, step)
+            done = step
+            yield record("train", step, values)
+            last = step == config.train.steps
+            if last or (config.eval.every and step % config.eval.every == 0):
+                yield record("eval", step, evaluate(parts))
+            if last or step % config.checkpoint.every == 0:
+                saved = save(step)
+    except InputError:
+        # A step raises before it moves the weights, so they are those of the last finished step.
+        if done > saved:
+            with suppress(InputError):  # the first one says what is wrong
+                save(done)
+        raise
 
 
 def make_optimizer(parts: Parts) -> torch.optim.Optimizer:
@@ -67,8 +83,15 @@ def make_optimizer(parts: Parts) -> torch.optim.Optimizer:
 
 
 def check_prompts(parts: Parts) -> None:
-    """Raise InputError if a held-out prompt, or one of the first step's, does not fit the model."""
-    rollout.encode_prompts(parts.policy, [*held_out(parts), *problems_of(parts, 1)], parts.max_new_tokens)
+    """Raise InputError if a prompt, held out or in training, or a teacher's context does not fit the model.
+
+    Training problems are all of the task's where it can list them, else those of the first step.
+    """
+    config, training = parts.config, training_problems(parts)
+    rollout.encode_prompts(parts.policy, [*held_out(parts), *training], parts.max_new_tokens)
+    if parts.teachers and (config.credit.lam > 0 or not config.teacher.skip):
+        for problem in training:
+            teacher.check_context(parts.policy, config.teacher, problem, parts.max_new_tokens)
 
 
 def evaluate(parts: Parts) -> Record:

@@ -71,7 +71,7 @@ def update(
     if not config.teacher.skip:
         passes += [(rows, False) for rows in _passes(parts, ~active)]
     behaviour: list[ContrastiveLogprobs] = []
-    losses, norms, clipped = [], [], [torch.zeros(1)]
+    losses, norms, clipped, skipped = [], [], [torch.zeros(1)], 0
 
     for round_ in range(config.train.updates_per_batch):
         optimizer.zero_grad()
@@ -94,7 +94,9 @@ def update(
                 norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm).item())
                 if math.isfinite(norms[-1]):
                     optimizer.step()
-    statistics = {"loss": losses[0], "gradient_norm": norms[0] if norms else 0.0}
+                else:
+                    skipped += 1
+    statistics = {"loss": losses[0], "gradient_norm": norms[0] if norms else 0.0, "skipped_updates": skipped}
     return tokens, {**statistics, "ratio_clipped": mean(torch.cat(clipped)[1:]) or 0.0}
 
 

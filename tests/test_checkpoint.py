@@ -33,7 +33,7 @@ TIMES = ("seconds", "tokens_per_second")
 
 def train(run: Path, start: Path | None = None, **sections: Any) -> None:
     run.mkdir(exist_ok=True)
-    (run / checkpoint.CONFIG).touch()
+    (run / checkpoint.CONFIG).write_text("{}\n")
     for _ in trainer.train(load_parts(config(**sections), start and str(start)), run, start):
         pass
 
@@ -146,6 +146,53 @@ def test_a_damaged_checkpoint_is_refused_and_the_previous_one_offered(
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
+@pytest.mark.parametrize("manifest", ["[]", '{"files": []}', '{"files": {}}', '{"step": 2, "files": {}}', "\xff"])
+def test_a_manifest_of_another_shape_is_damage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], manifest: str
+) -> None:
+    path = tmp_path / checkpoint.FOLDER / "step-000002"
+    path.mkdir(parents=True)
+    (tmp_path / checkpoint.CONFIG).write_text("{}\n")
+    (path / checkpoint.MANIFEST).write_bytes(manifest.encode("latin-1"))
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "is damaged (manifest.json: " in message
+
+
+@pytest.mark.parametrize("tail", [b"\xff", b"5\n", b"[]\n", b'{"kind": "train"}\n', b'{"kind"'])
+def test_metrics_are_read_up_to_what_is_no_record(tmp_path: Path, tail: bytes) -> None:
+    record = {"kind": "train", "step": 1}
+    (tmp_path / metrics.FILE).write_bytes(json.dumps(record).encode() + b"\n" + tail)
+    assert metrics.read(tmp_path) == [record]
+
+
+def test_an_older_state_with_a_generator_still_loads(tmp_path: Path) -> None:
+    parts = load_parts(config())
+    optimizer = trainer.make_optimizer(parts)
+    before = torch.get_rng_state()
+    torch.save({"optimizer": optimizer.state_dict(), "generator": torch.zeros(1)}, tmp_path / checkpoint.STATE)
+    checkpoint.load_state(tmp_path, optimizer)
+    assert torch.equal(torch.get_rng_state(), before)
+    path = checkpoint.save(tmp_path, 1, parts.policy.model, parts.policy.tokenizer, optimizer, 1)
+    assert set(torch.load(path / checkpoint.STATE)) == {"optimizer"}
+
+
+def test_two_processes_never_train_in_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / checkpoint.CONFIG).write_text("{}\n")
+    code = f"from pathlib import Path; from cepo.checkpoint import lock\nwith lock(Path({str(tmp_path)!r})): "
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    other = subprocess.Popen([sys.executable, "-c", f"{code}print('held', flush=True); input()"], env=environment,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"cepo: error: another process trains in {tmp_path}\n"
+    other.communicate("\n")
+    with checkpoint.lock(tmp_path):
+        pass
+
+
 FULL = [
     OSError(28, "No space left on device"),
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
@@ -190,6 +237,11 @@ def test_a_new_run_never_touches_an_old_one(tmp_path: Path, monkeypatch: pytest.
     assert (second / checkpoint.CONFIG).read_text() == "runs/name-2"
     with pytest.raises(InputError, match="exists already; continue it with --resume runs/name"):
         checkpoint.create_run("runs/name", "", lambda path: path)
+    Path("empty").mkdir()
+    assert str(checkpoint.create_run("empty", "", lambda path: path)) == "empty"
+    assert Path("empty", checkpoint.CONFIG).read_text() == "empty"
+    with pytest.raises(InputError, match="exists already"):
+        checkpoint.create_run("empty", "", lambda path: path)
     with pytest.raises(InputError), checkpoint.replacing(first, fresh=True) as temporary:
         temporary.mkdir()
     assert (first / checkpoint.CONFIG).exists()

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from tiny import tiny_policy
 
-from cepo import metrics
+from cepo import __version__, metrics, trainer
 from cepo.cli import main, parse
 from cepo.config import Config
 from cepo.errors import InputError
-from cepo.policy import threads
+from cepo.parts import Parts
+from cepo.policy import EMBEDDED, threads
+from cepo.progress import follow
 from cepo.report import curves
 
 QUICK = ["--train.steps", "2", "--rollout.prompts", "3", "--rollout.group_size", "4", "--eval.problems", "8"]
@@ -71,6 +77,17 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--teacher.template", "x"], ["teacher.template", "hint", "splice"]),
         (["train", "--teacher.hint", "no answer"], ["teacher.hint", "{answer}"]),
         (["train", "--teacher.hint", "{answer} {x}"], ["teacher.hint", "{x}"]),
+        (["train", "--teacher.hint", "{answer.x} {answer}"], ["teacher.hint", "{answer.x}"]),
+        (["train", "--teacher.hint", "{answer[x]}"], ["teacher.hint", "{answer[x]}"]),
+        (["train", "--train.seed", str(1 << 63)], ["train.seed", "[0, 2^63)"]),
+        (["train", "--eval.seed", "-1"], ["eval.seed", "[0, 2^63)", "-1"]),
+        (["train", "--policy.device", "meta"], ["policy.device", "'meta'"]),
+        (["train", "--task.options", '{"max_new_tokens": 0}'], ["task.options", "at least 1", "0"]),
+        (["train", "--task.options", '{"max_new_tokens": -4}'], ["task.options", "at least 1", "-4"]),
+        (["train", "--task.options", '{"max_new_tokens": "abc"}'], ["task.options", "whole number", "'abc'"]),
+        (["train", "--resume", ""], ["--resume", "''"]),
+        (["train", "--resume="], ["--resume", "''"]),
+        (["train", "--resum", "runs/x"], ["--resum"]),
         (["train", "--backend", "abacus"], ["backend", "abacus"]),
         (["train", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["train", "--resume", "nowhere"], ["--resume", "nowhere"]),
@@ -109,12 +126,56 @@ def test_a_bad_jsonl_file_is_told_by_line(
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("train: {stepz: 3}", ["stepz"]), ("train: [", ["bad.yaml"]), ("magic: 1", ["magic"])]
+    ("text", "words"),
+    [
+        (b"train: {stepz: 3}", ["stepz"]),
+        (b"train: [", ["bad.yaml"]),
+        (b"magic: 1", ["magic"]),
+        (b"train: 3", ["bad.yaml", "train: expected a section, got 3"]),
+        (b"train:", ["bad.yaml", "train: expected a section, got None"]),
+        (b"", ["bad.yaml", "expected sections, got None"]),
+        (b"\x89PNG\xff\x00", ["bad.yaml", "expected a YAML file"]),
+        (b"resume: runs/x", ["--resume", "on the command line"]),
+    ],
 )
-def test_a_bad_yaml_file_is_one_line(capsys: pytest.CaptureFixture[str], text: str, words: list[str]) -> None:
-    Path("bad.yaml").write_text(text)
+def test_a_bad_yaml_file_is_one_line(capsys: pytest.CaptureFixture[str], text: bytes, words: list[str]) -> None:
+    Path("bad.yaml").write_bytes(text)
     message = refused(capsys, "train", "--config", "bad.yaml")
     assert all(word in message for word in words)
+
+
+def test_a_bad_file_for_one_section_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_bytes(b"\xff\xfe")
+    assert "YAML file" in refused(capsys, "train", "--train", "bad.yaml")
+
+
+def one_more_layer(config: bytes) -> bytes:
+    content = json.loads(config)
+    layers = [*content["layer_types"], "full_attention"]
+    return json.dumps({**content, "layer_types": layers, "num_hidden_layers": len(layers)}).encode()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("model.safetensors", lambda content: content[:1000], "cannot load"),
+        ("model.safetensors", lambda content: b"", "cannot load"),
+        ("config.json", lambda content: content.replace(b'"hidden_size": 128', b'"hidden_size": 64'), "its config"),
+        ("config.json", one_more_layer, "lack"),
+    ],
+    ids=["cut", "empty", "shapes", "layers"],
+)
+def test_a_damaged_model_is_one_line(
+    capfd: pytest.CaptureFixture[str], file: str, change: Callable[[bytes], bytes], words: str
+) -> None:
+    shutil.copytree(EMBEDDED, "model")
+    content = Path("model", file).read_bytes()
+    Path("model", file).write_bytes(change(content))
+    assert Path("model", file).read_bytes() != content
+    message = refused(capfd, "eval", "--policy.model", "./model")
+    assert "policy.model" in message
+    assert "./model" in message
+    assert words in message
 
 
 def test_a_prompt_longer_than_the_context_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,10 +197,26 @@ def test_train_leaves_everything_a_run_should_hold(capsys: pytest.CaptureFixture
     assert (run / curves.FILE).read_bytes().startswith(b"\x89PNG")
     for word in ("reward", "acc", "H ", "flat", "lam", "ev+", "ev-", "clip", "tok/s", "rollout", "credit"):
         assert word in captured.err
-    assert main(["eval", "--policy.model", str(run), "--eval.problems", "8"]) == 0
-    assert "8 problems of validation: sampled" in capsys.readouterr().out
+    assert main(["eval", "--policy.model", str(run), "--eval.split", "test"]) == 0
+    assert "8 problems of test: sampled" in capsys.readouterr().out  # the run's own number, and what is given here
     # The finished run repeats from its own resolved config, and can be taken further.
     assert parse("train", ["--config", str(run / "config.yaml")])[0].credit.lam_steps == 50
+    picture = (run / curves.FILE).stat().st_mtime_ns
+    for options in ([], ["--train.steps", "2"]):
+        assert main(["train", "--resume", str(run), *options]) == 0
+        assert capsys.readouterr().err == f"nothing to do: {run} has all 2 steps\n"
+    assert (run / curves.FILE).stat().st_mtime_ns == picture
+    before = (run / "config.yaml").read_bytes()
+    for option, value, word in (
+        ("--train.steps", "1", "at least 2"),
+        ("--policy.model", "elsewhere", "'embedded'"),
+        ("--policy.gguf_file", "x.gguf", "None"),
+        ("--run_dir", "other", f"'{run}'"),
+    ):
+        message = refused(capsys, "train", "--resume", str(run), option, value)
+        assert option in message
+        assert word in message
+    assert (run / "config.yaml").read_bytes() == before
     assert main(["train", "--resume", str(run), "--train.steps", "3"]) == 0
     assert metrics.read(run)[-1]["step"] == 3
     assert refused(capsys_cleared(capsys), "train", *QUICK, "--run_dir", str(run)).count("--resume") == 1
@@ -165,7 +242,15 @@ def test_help_says_what_every_option_does(capsys: pytest.CaptureFixture[str]) ->
         main(["train", "--help"])
     assert status.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("--credit.eps_w", "the weight is clipped to", "--resume", "optimiser steps on each batch", "hint"):
+    assert "configuration file" not in text
+    for words in (
+        "cpu:avx512",
+        "--credit.eps_w",
+        "the weight is clipped to",
+        "--resume",
+        "optimiser steps on each batch",
+        "hint",
+    ):
         assert words in text
 
 
@@ -176,6 +261,65 @@ def test_the_doctor_checks_what_can_run_here(capsys: pytest.CaptureFixture[str])
     assert "reference on cpu" in out
     assert "ok" in out
     assert "WRONG" not in out
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = [sys.executable, "-c", "import sys; from cepo.cli import main; sys.exit(main(['--help']))"]
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"cepo {__version__}\n"
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_an_interrupt_names_what_can_be_resumed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, saved: bool
+) -> None:
+    original = trainer.train_step
+
+    def interrupted(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> trainer.Record:
+        if step == 2:
+            raise KeyboardInterrupt
+        return original(parts, optimizer, step)
+
+    monkeypatch.setattr(trainer, "train_step", interrupted)
+    assert main(["train", *QUICK, "--checkpoint.every", "1" if saved else "20", "--run_dir", "mine"]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    offer = "; `cepo train --resume mine` continues from the last checkpoint" if saved else ""
+    assert last == f"cepo: interrupted{offer}"
+
+
+def record(step: int, **changes: Any) -> dict[str, Any]:
+    numbers = dict.fromkeys(("reward", "accuracy", "entropy", "zero_variance", "lam", "evidence_right",
+                             "evidence_wrong", "weight_clipped"), 0.25)  # fmt: skip
+    seconds = {"rollout": 0.5, "teacher": 0.2, "policy": 0.1, "credit": 0.1, "update": 0.1}
+    return {"kind": "train", "step": step, **numbers, "tokens_per_second": 1e4, "skipped_updates": 0,
+            "seconds": seconds, **changes}  # fmt: skip
+
+
+def test_progress_fits_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    follow([record(step, skipped_updates=step > 41) for step in range(41, 61)], 60, done=40)
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert max(map(len, lines)) <= 80
+    bars = [line for line in lines if "/60 [" in line]
+    assert "40/60" in bars[0]
+    assert "60/60" in bars[-1]
+    assert "s/step" in bars[-1]
+    assert "reward 0.25 acc 0.25]" in bars[-1]
+    assert [line[:9] for line in lines if line.startswith("step")] == [f"step {s:4d}" for s in range(42, 61, 3)]
+    for word in ("lam 0.25", "ev+ 0.25", "ev- 0.25", "clip 0.25", "H 0.250", "tok/s 10000", "rollout 50%"):
+        assert sum(word in line for line in lines) == 7
+    (warning,) = [line for line in lines if line.startswith("warning: step 42")]
+    assert "not finite" in warning
 
 
 def test_a_wrong_backend_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

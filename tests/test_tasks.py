@@ -240,3 +240,25 @@ def test_a_jsonl_file_that_is_not_utf8_names_its_line(tmp_path):
     path.write_bytes(b'{"prompt": "a", "answer": 1}\n\xff\xfe\n')
     with pytest.raises(ValueError, match="line 2: expected a JSON object"):
         get_task(f"jsonl:{path}")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": "\\ud800", "answer": "1"}', "surrogate"),
+        ('{"prompt": "1", "answer": "\\udc00"}', "surrogate"),
+        ("[" * 200_000, "JSON object"),
+        ('{"prompt": "1", "answer": %s}' % ("7" * 6000), "JSON object"),
+    ],
+    ids=["prompt", "answer", "deep", "digits"],
+)
+def test_a_line_that_python_cannot_take_is_told_by_number(tmp_path, line, words):
+    with pytest.raises(ValueError, match=f"file.jsonl, line 2: expected .*{words}") as error:
+        get_task(write(tmp_path / "file.jsonl", {"prompt": "a", "answer": "b"}, line))
+    assert len(str(error.value)) < 500
+
+
+def test_a_path_may_start_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "file.jsonl", *records(10))
+    assert len(get_task("jsonl:~/file.jsonl").training_problems()) == 8

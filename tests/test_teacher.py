@@ -183,3 +183,11 @@ def test_a_model_whose_head_is_more_than_a_matrix_is_run_whole(policy: Policy) -
         assert torch.allclose(response_logits(wrapped, contexts, responses), 2 * plain, atol=1e-4)
     finally:
         policy.model.forward = original
+
+
+def test_a_wrong_answer_too_long_for_the_context_is_left_out() -> None:
+    long = "7" * 60
+    need = len(teacher.teacher_context(tiny_policy(), TeacherConfig(), PROBLEM, long)) + 62
+    for context, missing in ((need, False), (need - 1, True)):
+        teachers = build(tiny_policy(max_position_embeddings=context), [f"#{long}", "b#7"], [0.0, 1.0])
+        assert (teachers.negative[0] is None) == missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 from tiny import one_thread  # noqa: F401
 from torch import Tensor
 
-from cepo import axes, trainer, update
+from cepo import axes, checkpoint, trainer, update
 from cepo.config import Config, EvalConfig, RolloutConfig, TrainConfig
+from cepo.errors import InputError
 from cepo.metrics import Clock
 from cepo.parts import Parts, load_parts
 from cepo.policy import response_logits
+from cepo.tasks import Problem
 from cepo_kernels import token_logprobs
 
 
@@ -154,7 +157,8 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     parts = load_parts(small())
     parts = replace(parts, advantage=lambda rewards: torch.full_like(rewards, float("inf")))
     before = weights(parts)
-    trainer.train_step(parts, trainer.make_optimizer(parts), 1)
+    record = trainer.train_step(parts, trainer.make_optimizer(parts), 1)
+    assert record["skipped_updates"] == 1
     assert all(torch.equal(before[name], value) for name, value in weights(parts).items())
 
 
@@ -230,3 +234,76 @@ def test_a_head_that_cannot_be_told_apart_gives_the_same_step() -> None:
         record = trainer.train_step(parts, trainer.make_optimizer(parts), 1)
         losses.append((record["loss"], record["gradient_norm"], record["entropy"]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def jsonl(path: Path, **changes: str) -> dict[str, str]:
+    """A file of training problems of which the last differs, as `task` of a config."""
+    lines = [{"prompt": f"{i}+{i}", "answer": str(2 * i), "split": "train"} for i in range(9)]
+    lines += [{**lines[0], **changes}] if changes else []
+    lines += [{"prompt": f"1+{i}", "answer": str(1 + i), "split": "validation"} for i in range(2, 4)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"name": f"jsonl:{path}"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "credit", "words"),
+    [
+        ({"prompt": "7 " * 600}, "uniform", "prompt '7 7"),
+        ({"prompt": "8+8+8", "answer": "7 " * 600}, "cepo", "teacher context of prompt '8\\+8\\+8'"),
+        ({"prompt": "8+8+8", "answer": "7 " * 600}, "uniform", None),
+    ],
+)
+def test_every_listed_training_problem_is_checked_before_a_run(
+    tmp_path: Path, changes: dict[str, str], credit: str, words: str | None
+) -> None:
+    sections = {"task": jsonl(tmp_path / "file.jsonl", **changes), "credit": {"name": credit}}
+    parts = load_parts(small(**sections, rollout={"prompts": 1, "max_new_tokens": 28}))
+    if words is None:
+        trainer.check_prompts(parts)
+        return
+    with pytest.raises(InputError, match=f"{words}.*expected at most 1024 tokens"):
+        trainer.check_prompts(parts)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_bad_input_in_a_step_leaves_a_checkpoint_of_those_before(tmp_path: Path, step: int) -> None:
+    parts = load_parts(small(rollout={"prompts": 2, "group_size": 4}))
+    endless = parts.task.train
+
+    def train(index: int, seed: int) -> Problem:
+        return Problem("7 " * 600, "7") if index // 2 + 1 == step else endless(index, seed)
+
+    parts.task.train = train  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="expected at most 1024 tokens"):
+        list(trainer.train(parts, tmp_path))
+    last = checkpoint.newest(tmp_path)
+    assert (last and last.name) == (None if step == 1 else "step-000002")
+    if last is not None:
+        assert same_bits(parts, load_parts(parts.config, str(last)))
+
+
+def test_the_learning_rate_warms_up() -> None:
+    parts, records = steps(small(train={"warmup_steps": 3, "lr": 1e-3}, rollout={"prompts": 2, "group_size": 4}), n=5)
+    assert [r["lr"] for r in records] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
+    optimizer = trainer.make_optimizer(parts)
+    trainer.train_step(parts, optimizer, 2)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5e-3])
+
+
+def test_a_step_uses_its_temperature_in_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = spied(monkeypatch)
+    parts = load_parts(small(rollout={"temperature": 0.7}))
+    rollouts = trainer.rollout.sample(
+        parts.policy, trainer.problems_of(parts, 1), group_size=4, max_new_tokens=28, temperature=0.7, key=(0, 1)
+    )
+    rewards = trainer.score(parts, rollouts)
+    mixed = [p for p in range(6) if len(set(rewards[4 * p : 4 * p + 4])) > 1]
+    rows = [b for p in mixed for b in range(4 * p, 4 * p + 4)]
+    contexts = [rollouts.prompts[b // 4] for b in rows]
+    logits = response_logits(parts.policy, contexts, [rollouts.responses[b] for b in rows]).detach()
+    labels = torch.tensor([token for b in rows for token in rollouts.responses[b]])
+    expected = token_logprobs(logits, labels, temperature=0.7).logprobs
+    trainer.train_step(parts, trainer.make_optimizer(parts), 1)
+    (_, result) = calls[0]
+    torch.testing.assert_close(result.credit.logprobs, expected)
+    assert (expected - token_logprobs(logits, labels).logprobs).abs().max() > 0.01

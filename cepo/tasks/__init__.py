@@ -1,7 +1,8 @@
 """Tasks: where problems come from and how a completion is scored.
 
 A task is a module of this package with a function `make(argument, **options) -> Task`; adding a file adds a task.
-`get_task("name:argument")` finds it by name:
+`get_task("name:argument")` finds it by name. A task of finitely many training problems may have `training_problems()`,
+which lists them, so that all are checked before a run starts.
 
     addition                    three-digit column addition, the built-in task
     reasoning_gym:<dataset>     any reasoning-gym dataset (extra `[tasks]`)

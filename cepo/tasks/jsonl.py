@@ -43,6 +43,10 @@ class Jsonl:
             self._order = (seed, epoch), order
         return problems[self._order[1][place]]
 
+    def training_problems(self) -> list[Problem]:
+        """All of them, so that what does not fit the model is told before a run starts."""
+        return self._splits["train"]
+
     def split(self, name: str, n: int) -> list[Problem]:
         check_split(name, n)
         if not self._splits[name]:
@@ -62,7 +66,7 @@ class Jsonl:
 
 def _read(path: str, prompt_key: str, answer_key: str) -> list[Problem]:
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        lines = Path(path).expanduser().read_bytes().split(b"\n")
     except OSError as error:
         raise ValueError(f"task jsonl: cannot read {path!r}: {error.strerror}") from None
     problems: dict[str, tuple[int, Problem]] = {}
@@ -81,7 +85,7 @@ def _read(path: str, prompt_key: str, answer_key: str) -> list[Problem]:
 def _parse(where: str, line: bytes, prompt_key: str, answer_key: str) -> Problem:
     try:
         record = json.loads(line.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # text, JSON, a number of thousands of digits; or too deep
         raise ValueError(f"{where}: expected a JSON object, got {line[:40]!r} ({error})") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
@@ -93,9 +97,19 @@ def _parse(where: str, line: bytes, prompt_key: str, answer_key: str) -> Problem
         raise ValueError(f"{where}: expected {prompt_key!r} to be a non-empty string, got {prompt!r}")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
         raise ValueError(f"{where}: expected {answer_key!r} to be a non-empty string or a number, got {answer!r}")
+    if not _is_unicode(prompt + str(answer)):
+        raise ValueError(f"{where}: expected Unicode text, got half of a surrogate pair in {prompt[:40]!r}")
     if split is not None and split not in SPLITS:
         raise ValueError(f"{where}: expected 'split' to be one of {', '.join(SPLITS)}, got {split!r}")
     return Problem(prompt, str(answer), record)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _distribute(path: str, problems: list[Problem]) -> dict[str, list[Problem]]:
@@ -109,7 +123,7 @@ def _distribute(path: str, problems: list[Problem]) -> dict[str, list[Problem]]:
         return splits
     if len(problems) < len(SPLITS):
         raise ValueError(f"{path}: expected at least {len(SPLITS)} distinct prompts to split, got {len(problems)}")
-    ordered = sorted(problems, key=lambda p: hashlib.sha256(p.prompt.encode("utf-8", "surrogatepass")).digest())
+    ordered = sorted(problems, key=lambda p: hashlib.sha256(p.prompt.encode()).digest())
     share = math.ceil(len(problems) / 10)
     return {"validation": ordered[:share], "test": ordered[share : 2 * share], "train": ordered[2 * share :]}
 
