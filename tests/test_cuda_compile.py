@@ -47,16 +47,18 @@ pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc")
 def built(request, tmp_path_factory):
     """An architecture, what ptxas says of its kernels by source, and where the binaries are."""
     folder = tmp_path_factory.mktemp(f"sm_{request.param}")
-    said = {}
-    for source in ROW_KERNELS:
-        result = subprocess.run(
+    running = {
+        source: subprocess.Popen(
             [nvcc(), *FLAGS, f"-arch=sm_{request.param}", "-cubin", "-Xptxas", "-v",
              ROOT / "csrc" / "cuda" / f"{source}.cu", "-o", folder / f"{source}.cubin"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        assert "warning" not in result.stderr, result.stderr
-        said[source] = result.stderr
+            stderr=subprocess.PIPE, text=True,
+        )
+        for source in ROW_KERNELS
+    }  # fmt: skip
+    said = {source: process.communicate()[1] for source, process in running.items()}
+    for source, process in running.items():
+        assert process.returncode == 0, said[source]
+        assert "warning" not in said[source], said[source]
     return request.param, said, folder
 
 
