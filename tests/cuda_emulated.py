@@ -131,16 +131,20 @@ KNOWN: dict[str, Emulated] = {
 }
 
 
-def register() -> None:
-    """Makes the emulated backends known by name, for this process."""
-    if NAMES[0] in backends.NAMES:
-        return
-    load, choose = backends.load, backends.choose
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """Makes the emulated backends known by name."""
+    load, choose, names = backends.load, backends.choose, backends.NAMES
     backends.load = lambda name: KNOWN[name] if name in KNOWN else load(name)  # type: ignore[assignment]
     backends.choose = lambda name, *rest: KNOWN[name] if name in KNOWN else choose(name, *rest)  # type: ignore
-    backends.NAMES = (*backends.NAMES, *NAMES)  # type: ignore[assignment]
+    backends.NAMES = (*names, *NAMES)  # type: ignore[assignment]
+    yield
+    backends.load, backends.choose, backends.NAMES = load, choose, names
+
+
+_for_the_process = contextlib.ExitStack()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests() -> None:
-    register()
+    _for_the_process.enter_context(registered())

@@ -28,8 +28,8 @@ RESULTS = ("loss", "ratio", "clipped", "gradient")
 @pytest.fixture(scope="module", autouse=True)
 def emulated():
     """The backends by name, and the module itself."""
-    cuda_emulated.register()
-    return cuda_emulated.module()
+    with cuda_emulated.registered():
+        yield cuda_emulated.module()
 
 
 @pytest.fixture(params=["forward", "reverse", "random"])
