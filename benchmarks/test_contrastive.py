@@ -46,7 +46,7 @@ def test_throughput(benchmark, tables: list[dict], request: pytest.FixtureReques
     if gradient:
         found = {name: contenders.with_gradient(contender) for name, contender in found.items()}
         isa = request.config.getoption("--isa")
-        found["cepo, fused loss"] = contenders.fused(f"cpu:{isa}" if isa else "cpu")
+        found = {"cepo, fused loss": contenders.fused(f"cpu:{isa}" if isa else "cpu"), **found}
     item = inputs[0].element_size()
     moved = (5 if gradient else 3) * rows * VOCABULARY * item  # a separate backward reads and writes the policy again
     flat = torch.ones(3 * rows * VOCABULARY * item // 4)
