@@ -16,7 +16,7 @@ step() {
 
 step build pip install --quiet --no-build-isolation --no-deps .
 step tests pytest -p no:cacheprovider -m gpu tests
-small="pytest -p no:cacheprovider -q -m gpu tests/test_policy_loss.py -k cuda"
+small="pytest -p no:cacheprovider -q -m gpu tests/test_cuda_gpu.py tests/test_policy_loss.py -k cuda"
 if command -v compute-sanitizer > /dev/null; then
     step memcheck compute-sanitizer --tool memcheck --error-exitcode 1 $small
     step racecheck compute-sanitizer --tool racecheck --error-exitcode 1 $small

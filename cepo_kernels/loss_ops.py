@@ -100,7 +100,7 @@ def _rescaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
             gradient.mul_(factor)
         return gradient
     rescale = getattr(backends.choose(backend, gradient.device.type, upstream.dtype), "rescale", None)
-    if rescale is not None and gradient.is_contiguous():
+    if rescale is not None and gradient.is_contiguous() and gradient.data_ptr() % 16 == 0:
         rescale(gradient, upstream)
     else:
         gradient.mul_(upstream)

@@ -239,3 +239,14 @@ def test_the_bandwidth_kernels(emulated):
     emulated.stream31(*(tensor.data_ptr() for tensor in (*data, out)), out.nbytes, 0)
     assert torch.equal(out, data[0] ^ data[1] ^ data[2])
     emulated.plain_read(out.data_ptr(), out.nbytes, torch.zeros(1).data_ptr(), 0)
+
+
+@pytest.mark.parametrize("dtype", oracle.NATIVE)
+@pytest.mark.parametrize("factor", [1.0, -3.0, 65536.0, NAN])
+@pytest.mark.parametrize("size", [1, 7, 8, 4099])
+def test_rescaling_is_a_product_and_at_one_nothing(dtype, factor, size):
+    gradient = rows(1, size, 1, dtype)[0].clone()
+    want = (gradient.float() * factor).to(dtype)
+    cuda_emulated.Emulated().rescale(gradient, torch.tensor(factor))
+    assert torch.equal(gradient.isnan(), want.isnan())
+    oracle.assert_same_bits(gradient.nan_to_num(), want.nan_to_num())

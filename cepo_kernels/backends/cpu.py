@@ -85,15 +85,7 @@ class Variant:
             self.isa,
             torch.get_num_threads(),
             *native.shape(inputs.policy),
-            native.logits(inputs.gradient),
-            native.logits(inputs.policy),
-            inputs.labels.data_ptr(),
-            native.address(inputs.grad_logprobs),
-            native.address(inputs.grad_entropy),
-            inputs.logprobs.data_ptr(),
-            native.address(inputs.entropy),
-            inputs.stats.data_ptr(),
-            options,
+            *native.backward_call(inputs, options),
             inputs.gradient.nbytes if fresh else 0,
         )
         del row_temperature

@@ -62,15 +62,7 @@ class Variant:
         with self._launch(inputs.policy) as stream:
             self.extension.backward(
                 *native.shape(inputs.policy),
-                native.logits(inputs.gradient),
-                native.logits(inputs.policy),
-                inputs.labels.data_ptr(),
-                native.address(inputs.grad_logprobs),
-                native.address(inputs.grad_entropy),
-                inputs.logprobs.data_ptr(),
-                native.address(inputs.entropy),
-                inputs.stats.data_ptr(),
-                numbers,
+                *native.backward_call(inputs, numbers),
                 native.address(values),
                 stream,
             )
@@ -94,6 +86,12 @@ class Variant:
                 stream,
             )
         del keep
+
+    def rescale(self, gradient: Tensor, factor: Tensor) -> None:
+        """``gradient *= factor``, 0-d float32 on the same device, without waiting for it; at 1 nothing is read."""
+        dtype = native.DTYPES[gradient.dtype]
+        with self._launch(gradient) as stream:
+            self.extension.rescale(gradient.data_ptr(), dtype, gradient.numel(), factor.data_ptr(), stream)
 
     @contextlib.contextmanager
     def _launch(self, tensor: Tensor) -> Iterator[int]:
@@ -141,3 +139,4 @@ class Variant:
 
 _auto = Variant()
 unavailable, forward, backward, policy_loss = _auto.unavailable, _auto.forward, _auto.backward, _auto.policy_loss
+rescale = _auto.rescale

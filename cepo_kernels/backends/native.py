@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import ForwardInputs, ForwardOutputs, RowOptions
+from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, RowOptions
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ABSENT = (0, 0, 0, 0)
@@ -32,6 +32,21 @@ def call(inputs: ForwardInputs, outputs: ForwardOutputs) -> tuple[Tensor | None,
         float(inputs.eps_w),
         numbers,
         tuple(address(buffer) for buffer in outputs),
+    )
+
+
+def backward_call(inputs: BackwardInputs, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A backward's tensors, and the options that `options` made of its own."""
+    return (
+        logits(inputs.gradient),
+        logits(inputs.policy),
+        inputs.labels.data_ptr(),
+        address(inputs.grad_logprobs),
+        address(inputs.grad_entropy),
+        inputs.logprobs.data_ptr(),
+        address(inputs.entropy),
+        inputs.stats.data_ptr(),
+        numbers,
     )
 
 

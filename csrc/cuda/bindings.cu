@@ -51,6 +51,11 @@ void policy_loss(int64_t rows, int64_t inner, int64_t vocabulary, const py::tupl
     check(cepo::cuda::policy_loss(l, rows, cepo::at<const double>(values), kind, shared_limit, stream_at(stream)));
 }
 
+void rescale(uintptr_t data, int dtype, int64_t size, uintptr_t factor, uintptr_t stream) {
+    check(cepo::cuda::rescale(cepo::at<void>(data), static_cast<cepo::Dtype>(dtype), size,
+                              cepo::at<const float>(factor), stream_at(stream)));
+}
+
 void plain_read(uintptr_t data, int64_t bytes, uintptr_t out, uintptr_t stream) {
     check(cepo::cuda::plain_read(cepo::at<const void>(data), bytes, cepo::at<float>(out), stream_at(stream)));
 }
@@ -105,6 +110,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("forward", &forward);
     m.def("backward", &backward);
     m.def("policy_loss", &policy_loss);
+    m.def("rescale", &rescale);
     m.def("plain_read", &plain_read);
     m.def("stream31", &stream31);
 }

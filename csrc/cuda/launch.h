@@ -27,6 +27,9 @@ int best_cluster(const PolicyLoss& call, int64_t rows, int64_t shared_limit);
 cudaError_t cluster_policy_loss(const PolicyLoss& call, int64_t rows, const double* values, int blocks,
                                 cudaStream_t stream);
 
+// `size` values, 16-byte aligned, times `factor` on the device.
+cudaError_t rescale(void* data, Dtype dtype, int64_t size, const float* factor, cudaStream_t stream);
+
 // For benchmarks. Reads `bytes`, a multiple of 16, once; `out` gets one float that depends on all of them.
 cudaError_t plain_read(const void* data, int64_t bytes, float* out, cudaStream_t stream);
 // Reads three buffers of `bytes` and writes one, which may be one of the three.
