@@ -86,11 +86,19 @@ def contrastive_logprobs(
         lam=lam, eps_w=eps_w, temperature=temperature, logit_scale=logit_scale, logit_softcap=logit_softcap,
         ignore_index=ignore_index, return_entropy=return_entropy, inplace_grad=inplace_grad, backend=backend,
     )  # fmt: skip
-    has_evidence = positive_logits is not None
+    return credit_of(outputs, positive_logits, negative_logits, advantages, return_entropy)
+
+
+def credit_of(
+    outputs: ForwardOutputs, positive: Tensor | None, negative: Tensor | None, advantages: Tensor | None,
+    return_entropy: bool,
+) -> ContrastiveLogprobs:  # fmt: skip
+    """What a call returns of a forward op's outputs, given what it was called with; teachers and credit detached."""
+    has_evidence = positive is not None
     return ContrastiveLogprobs(
         logprobs=outputs.logprobs,
         positive_logprobs=outputs.positive_logprobs.detach() if has_evidence else None,
-        negative_logprobs=(outputs.logprobs if negative_logits is None else outputs.negative_logprobs).detach(),
+        negative_logprobs=(outputs.logprobs if negative is None else outputs.negative_logprobs).detach(),
         evidence=outputs.evidence.detach() if has_evidence else None,
         weight=outputs.weight.detach() if has_evidence and advantages is not None else None,
         advantages=None if advantages is None else outputs.advantages.detach(),

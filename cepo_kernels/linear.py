@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import checks, linear_ops
-from .contrastive import ContrastiveLogprobs
-from .policy_loss import PolicyLoss, credit_of, detached, loss_arguments
+from .contrastive import ContrastiveLogprobs, credit_of
+from .policy_loss import PolicyLoss, detached, loss_arguments, policy_loss_of
 from .rows import ForwardOutputs
 from .token import TokenLogprobs
 
@@ -78,17 +78,7 @@ def linear_contrastive_logprobs(
         (policy_hidden, positive_hidden, negative_hidden), lm_head_weight, lm_head_bias, labels, advantages,
         negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index, return_entropy, backend,
     )  # fmt: skip
-    has_evidence = positive_hidden is not None
-    own = outputs.logprobs.detach()
-    return ContrastiveLogprobs(
-        logprobs=outputs.logprobs,
-        positive_logprobs=outputs.positive_logprobs.detach() if has_evidence else None,
-        negative_logprobs=own if negative_hidden is None else outputs.negative_logprobs.detach(),
-        evidence=outputs.evidence.detach() if has_evidence else None,
-        weight=outputs.weight.detach() if has_evidence and advantages is not None else None,
-        advantages=None if advantages is None else outputs.advantages.detach(),
-        entropy=outputs.entropy if return_entropy else None,
-    )
+    return credit_of(outputs, positive_hidden, negative_hidden, advantages, return_entropy)
 
 
 def linear_contrastive_policy_loss(
@@ -139,8 +129,7 @@ def linear_contrastive_policy_loss(
         policy, detached(positive), detached(negative), weight, bias, labels, *arguments, needs, backend
     )
     loss, ratio, clipped, _, _, _, *credit = output
-    values = [value.detach() for value in credit]
-    return PolicyLoss(loss, credit_of(values, positive, negative, return_entropy), ratio.detach(), clipped)
+    return policy_loss_of(loss, ratio, clipped, credit, positive, negative, advantages, return_entropy)
 
 
 _NAMES = ("policy_hidden", "positive_hidden", "negative_hidden")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, ops
-from .linear_products import Gradients, Head, Products
-from .loss_ops import loss_buffers, returned
+from .linear_products import Gradients, Head, Products, result_dtype
+from .loss_ops import loss_buffers, returned, total
 from .rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions, row_values
 
 
@@ -130,22 +130,25 @@ def _keep(call: Call, rows: Tensor, inputs: ForwardInputs, part: ForwardOutputs,
         slopes[rows] = call.products.hidden_gradient(into[0]).to(slopes.dtype)
 
 
+def _stand_ins(
+    policy: Tensor, positive: Tensor | None, negative: Tensor | None, weight: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Empty tensors for the logits of each context, of the dtype that theirs would have."""
+    like = policy.new_empty(0, dtype=result_dtype(policy, weight))
+    return like, None if positive is None else like, None if negative is None else like
+
+
 def _forward_buffers(
     policy: Tensor, positive: Tensor | None, negative: Tensor | None, weight: Tensor, bias: Tensor | None,
     labels: Tensor, advantages: Tensor | None, *flags: Any,
 ) -> tuple[ForwardOutputs, Tensor, Tensor]:  # fmt: skip
     """Outputs; and where the head is frozen the gradients of log p and of the entropy in the hidden states, (N, H)."""
     return_entropy, keep, _ = flags[-3:]
-    wide = torch.float64 in (policy.dtype, weight.dtype)
-    # Logits have the result's dtype; nothing of their size is needed to say which.
-    like = policy.new_empty(0, dtype=torch.float64 if wide else torch.float32)
-    outputs = ops.forward_buffers(
-        like, None if positive is None else like, None if negative is None else like, labels, advantages,
-        return_entropy, "",
-    )  # fmt: skip
+    stand_ins = _stand_ins(policy, positive, negative, weight)
+    outputs = ops.forward_buffers(*stand_ins, labels, advantages, return_entropy, "")
 
     def slopes(wanted: bool) -> Tensor:
-        return like.new_empty((labels.numel(), weight.shape[1]) if wanted else (0,))
+        return stand_ins[0].new_empty((labels.numel(), weight.shape[1]) if wanted else (0,))
 
     return outputs, slopes(keep), slopes(keep and return_entropy)
 
@@ -224,10 +227,10 @@ def _policy_loss(
                     rows, flat = rows[moved], flat[moved]
             if rows.numel():
                 gradients.add(rows, flat, call.policy[rows])
-    loss = outputs.losses.sum(dtype=torch.float64) / denominator.to(outputs.losses.device, torch.float64)
     grad_hidden, grad_weight, grad_bias = gradients.results()
     grad_hidden = grad_hidden.view(policy.shape) if needs[0] else grad_hidden
-    loss, ratio, clipped, _, *of_forward = returned(loss.to(outputs.losses.dtype), outputs, outputs.losses)
+    loss = total(outputs.losses, denominator)
+    loss, ratio, clipped, _, *of_forward = returned(loss, outputs, outputs.losses)
     return loss, ratio, clipped, grad_hidden, grad_weight, grad_bias, *of_forward
 
 
@@ -239,12 +242,7 @@ def _loss_buffers(
     policy: Tensor, positive: Tensor | None, negative: Tensor | None, weight: Tensor, labels: Tensor,
     advantages: Tensor, with_entropy: bool,
 ) -> LossOutputs:  # fmt: skip
-    wide = torch.float64 in (policy.dtype, weight.dtype)
-    like = policy.new_empty(0, dtype=torch.float64 if wide else torch.float32)
-    return loss_buffers(
-        like, None if positive is None else like, None if negative is None else like, labels, advantages,
-        with_entropy, False,
-    )  # fmt: skip
+    return loss_buffers(*_stand_ins(policy, positive, negative, weight), labels, advantages, with_entropy, False)
 
 
 _HEAD = "Tensor policy, Tensor? positive, Tensor? negative, Tensor weight, Tensor? bias, Tensor labels"

@@ -31,13 +31,16 @@ class Head(NamedTuple):
             yield tile, self.weight[tile].to(dtype)
 
 
+def result_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+
+
 class Products:
     """Matrix products with a head: 16-bit operands on a GPU, summed in float32; on a CPU upcast, which is faster."""
 
     def __init__(self, head: Head, hidden: Tensor) -> None:
         self.head = head
-        wide = torch.float64 in (hidden.dtype, head.weight.dtype)
-        self.result = torch.float64 if wide else torch.float32
+        self.result = result_dtype(hidden, head.weight)
         native = hidden.is_cuda and hidden.dtype == head.weight.dtype and hidden.dtype.itemsize == 2
         self.operand = hidden.dtype if native else self.result
 

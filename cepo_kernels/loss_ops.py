@@ -41,6 +41,11 @@ def returned(loss: Tensor, outputs: LossOutputs, policy: Tensor) -> tuple[Tensor
     return loss, outputs.ratio, outputs.clipped, gradient, *outputs.forward[:-1]
 
 
+def total(losses: Tensor, denominator: Tensor) -> Tensor:
+    """The loss of a call, summed in float64 and rounded once."""
+    return (losses.sum(dtype=torch.float64) / denominator.to(losses.device, torch.float64)).to(losses.dtype)
+
+
 def _run(policy: Tensor, arguments: tuple[Any, ...], in_place: bool, with_gradient: bool) -> tuple[Tensor, ...]:
     (
         positive, negative, labels, advantages, old_logprobs, token_weight, ref_logprobs, negative_mask, lam, eps_w,
@@ -73,8 +78,7 @@ def _run(policy: Tensor, arguments: tuple[Any, ...], in_place: bool, with_gradie
                     gradient_rows,
                 ),
             )  # fmt: skip
-    loss = outputs.losses.sum(dtype=torch.float64) / denominator.to(outputs.losses.device, torch.float64)
-    return returned(loss.to(dtype), outputs, policy)
+    return returned(total(outputs.losses, denominator), outputs, policy)
 
 
 def _policy_loss(policy: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import checks, loss_ops
-from .contrastive import ContrastiveLogprobs
+from .contrastive import ContrastiveLogprobs, credit_of
+from .rows import ForwardOutputs
 
 SURROGATES = ("ppo", "cispo")
 
@@ -102,8 +103,8 @@ def contrastive_policy_loss(
         output = loss_ops.Fused.apply(policy_logits, inplace_grad, *arguments, backend)  # type: ignore[no-untyped-call]
     else:
         output = loss_ops.policy_loss(policy_logits, *arguments, False, backend)
-    loss, ratio, clipped, _, *credit = (value if index == 0 else value.detach() for index, value in enumerate(output))
-    return PolicyLoss(loss, credit_of(credit, positive_logits, negative_logits, return_entropy), ratio, clipped)
+    loss, ratio, clipped, _, *credit = output
+    return policy_loss_of(loss, ratio, clipped, credit, positive_logits, negative_logits, advantages, return_entropy)
 
 
 def loss_arguments(
@@ -148,17 +149,11 @@ def detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
-def credit_of(
-    values: list[Tensor], positive: Tensor | None, negative: Tensor | None, return_entropy: bool
-) -> ContrastiveLogprobs:
-    logprobs, under_positive, under_negative, evidence, weight, advantages, entropy = values
-    has_evidence = positive is not None
-    return ContrastiveLogprobs(
-        logprobs,
-        under_positive if has_evidence else None,
-        logprobs if negative is None else under_negative,
-        evidence if has_evidence else None,
-        weight if has_evidence else None,
-        advantages,
-        entropy if return_entropy else None,
-    )
+def policy_loss_of(
+    loss: Tensor, ratio: Tensor, clipped: Tensor, credit: list[Tensor], positive: Tensor | None,
+    negative: Tensor | None, advantages: Tensor, return_entropy: bool,
+) -> PolicyLoss:  # fmt: skip
+    """What a call returns of a loss op's outputs; all but the loss detached."""
+    values = [value.detach() for value in credit]
+    outputs = ForwardOutputs._make([*values, values[0]])  # a loss leaves no stats; nothing reads what stands there
+    return PolicyLoss(loss, credit_of(outputs, positive, negative, advantages, return_entropy), ratio.detach(), clipped)
