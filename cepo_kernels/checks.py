@@ -125,6 +125,14 @@ def check_head(weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
         raise ValueError(f"lm_head_bias: expected shape ({weight.shape[0]},) as the head has, got {tuple(bias.shape)}")
 
 
+def check_logits_dtype(dtype: torch.dtype | None, hidden: Tensor, weight: Tensor) -> None:
+    """The dtype of the matrix products: None for the best, or a 16-bit one, which float64 does not go through."""
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"logits_dtype: expected None, bfloat16 or float16, got {dtype}")
+    if dtype is not None and torch.float64 in (hidden.dtype, weight.dtype):
+        raise ValueError(f"logits_dtype: expected None for float64 hidden states or head, got {dtype}")
+
+
 def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
     """Every label is ``ignore_index`` or a column. For CPU backends: elsewhere it would stall the queue."""
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))

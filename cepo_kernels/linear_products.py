@@ -1,7 +1,7 @@
 """The matrix products between hidden states and logits.
 
 Logits exist for one chunk of rows only, in float32 (float64 where an input is), never rounded below the accumulation of
-the product.
+the product; or in 16 bits, rounded as a linear layer rounds them, where a caller asks for that.
 """
 
 from __future__ import annotations
@@ -31,28 +31,35 @@ class Head(NamedTuple):
             yield tile, self.weight[tile].to(dtype)
 
 
-def result_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+def result_dtype(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None) -> torch.dtype:
+    wide = torch.float64 in (hidden.dtype, weight.dtype)
+    return torch.float64 if wide else logits_dtype or torch.float32
+
+
+def chunk_rows(contexts: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Rows of a chunk whose ``contexts`` together fit into LOGITS_BYTES."""
+    return max(16, LOGITS_BYTES // (contexts * vocabulary * dtype.itemsize))
 
 
 class Products:
-    """Matrix products with a head: 16-bit operands on a GPU, summed in float32; on a CPU upcast, which is faster."""
+    """Matrix products with a head: 16-bit operands on a GPU, summed in float32; on a CPU, whose 16-bit products round
+    their result, upcast. With a 16-bit ``logits_dtype`` all operands and results have that."""
 
-    def __init__(self, head: Head, hidden: Tensor) -> None:
+    def __init__(self, head: Head, hidden: Tensor, logits_dtype: torch.dtype | None) -> None:
         self.head = head
-        self.result = result_dtype(hidden, head.weight)
+        self.result = result_dtype(hidden, head.weight, logits_dtype)
+        self.sums = torch.promote_types(self.result, torch.float32)  # of what is added up chunk by chunk
         native = hidden.is_cuda and hidden.dtype == head.weight.dtype and hidden.dtype.itemsize == 2
-        self.operand = hidden.dtype if native else self.result
+        self.operand = hidden.dtype if native and self.result == torch.float32 else self.result
 
     def rows(self, contexts: int) -> int:
-        """Rows of a chunk whose ``contexts`` together fit into LOGITS_BYTES."""
-        return max(16, LOGITS_BYTES // (contexts * self.head.weight.shape[0] * self.result.itemsize))
+        return chunk_rows(contexts, self.head.weight.shape[0], self.result)
 
     def _add(self, into: Tensor, a: Tensor, b: Tensor) -> None:
         if a.dtype == into.dtype:
             into.addmm_(a, b)
         else:
-            into += torch.mm(a, b, out_dtype=into.dtype)
+            into += torch.mm(a, b, out_dtype=into.dtype) if a.is_cuda else torch.mm(a, b)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(M, V) of ``hidden`` (M, H)."""
@@ -70,7 +77,7 @@ class Products:
     def hidden_gradient(self, logits_gradient: Tensor) -> Tensor:
         """(M, H) from (M, V)."""
         shape = (logits_gradient.shape[0], self.head.weight.shape[1])
-        out = torch.zeros(shape, dtype=self.result, device=logits_gradient.device)
+        out = torch.zeros(shape, dtype=self.sums, device=logits_gradient.device)
         for tile, weight in self.head.tiles(self.operand):
             self._add(out, logits_gradient[:, tile].to(self.operand), weight)
         return out
@@ -87,7 +94,7 @@ class Gradients:
         self.products, self.dtype = products, hidden.dtype
         weight = products.head.weight
 
-        def zeros(shape: torch.Size, wanted: bool, dtype: torch.dtype = products.result) -> Tensor:
+        def zeros(shape: torch.Size, wanted: bool, dtype: torch.dtype = products.sums) -> Tensor:
             return torch.zeros(shape if wanted else (0,), dtype=dtype, device=hidden.device)
 
         self.hidden = zeros(hidden.shape, needs[0], hidden.dtype)
@@ -102,7 +109,7 @@ class Gradients:
         if self.needs[1]:
             self.products.add_weight_gradient(self.weight, logits_gradient, hidden)
         if self.needs[2]:
-            self.bias += logits_gradient.sum(0)
+            self.bias += logits_gradient.sum(0, dtype=self.bias.dtype)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         head = self.products.head

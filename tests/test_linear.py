@@ -157,7 +157,14 @@ def test_rows_that_cannot_matter_meet_no_product(monkeypatch):
     weight.requires_grad_()
     out = linear_token_logprobs(hidden[0], weight, labels)
     out.logprobs.backward(advantages)
-    assert made == [("logits", scored), ("logits", active), ("add_weight_gradient", active)]
+    assert made == [("logits", scored), ("add_weight_gradient", active)]
+    made.clear()
+    with monkeypatch.context() as small:
+        small.setattr(linear_products, "LOGITS_BYTES", 0)  # chunks of 16 rows: the logits are made again
+        linear_token_logprobs(hidden[0], weight, labels).logprobs.backward(advantages)
+    again = [16] * (active // 16) + [active % 16]
+    assert [size for name, size in made if name == "add_weight_gradient"] == again
+    assert [size for name, size in made if name == "logits"] == [16] * (scored // 16) + [scored % 16] + again
     made.clear()
     old = out.logprobs.detach() - advantages.sign()  # every row far beyond the bound that its sign has
     out = linear_contrastive_policy_loss(*hidden, weight, labels, advantages, old)
@@ -240,6 +247,49 @@ def test_compiled_equals_eager_bit_for_bit(frozen):
         oracle.assert_same_bits(found, expected)
 
 
+def test_kept_logits_serve_several_backwards():
+    hidden, weight, _, labels, advantages = inputs()
+    for scored in (labels, labels.clamp(min=0)):
+        leaves = hidden[0].clone().requires_grad_(), weight.clone().requires_grad_()
+        logprobs = linear_token_logprobs(*leaves, scored).logprobs
+        first = torch.autograd.grad(logprobs, leaves, advantages, retain_graph=True)
+        second = torch.autograd.grad(logprobs, leaves, advantages)
+        for a, b in zip(first, second, strict=True):
+            oracle.assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.usefixtures("_chunks")
+def test_sixteen_bit_logits_are_those_of_a_plain_linear_layer(frozen):
+    hidden, weight, bias, labels, advantages = inputs(torch.bfloat16)
+    options = {"lm_head_bias": bias, "logits_dtype": torch.bfloat16, "entropy_coef": 0.02}
+
+    def ours(policy, weight, bias):
+        shared = {**options, "lm_head_bias": bias}
+        return linear_contrastive_policy_loss(policy, *hidden[1:], weight, labels, advantages, **shared).loss
+
+    def plain(policy, weight, bias):
+        logits = [F.linear(x, weight) + bias for x in (policy, *hidden[1:])]
+        return cepo_kernels.contrastive_policy_loss(*logits, labels, advantages, entropy_coef=0.02).loss
+
+    got, want = (gradients(run, hidden[0], weight, bias, frozen) for run in (ours, plain))
+    compare(got, want, torch.bfloat16)
+    logits = F.linear(hidden[0], weight)
+    out = linear_token_logprobs(hidden[0], weight, labels, logits_dtype=torch.bfloat16)
+    exact = cepo_kernels.token_logprobs(logits_of(hidden[0], weight, None), labels).logprobs
+    torch.testing.assert_close(out.logprobs, cepo_kernels.token_logprobs(logits, labels).logprobs)
+    assert (out.logprobs - exact).abs().max() <= 2 * 2**-9 * logits.abs().max()
+
+    def both(policy, weight, bias):
+        out = linear_token_logprobs(policy, weight, labels, lm_head_bias=bias, logits_dtype=torch.bfloat16)
+        return (out.logprobs * advantages).sum()
+
+    def both_plain(policy, weight, bias):
+        return (cepo_kernels.token_logprobs(F.linear(policy, weight) + bias, labels).logprobs * advantages).sum()
+
+    compare(*(gradients(run, hidden[0], weight, bias, frozen) for run in (both, both_plain)), torch.bfloat16)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_ops_are_registered_as_torch_wants_them(frozen):
     hidden, weight, bias, labels, advantages = inputs(shape=(5,))
@@ -251,13 +301,13 @@ def test_the_ops_are_registered_as_torch_wants_them(frozen):
     torch.library.opcheck(
         torch.ops.cepo_kernels.linear_forward.default,
         (policy, hidden[1], hidden[2], weight, bias, labels, advantages, None, *numbers, *options, None, -100, True,
-         frozen, "auto"),
+         "slopes" if frozen else "logits", None, "auto"),
     )  # fmt: skip
     more = [torch.tensor(value, dtype=torch.float64) for value in (0.2, 0.28, 0.0, 0.0, 4.0)]
     torch.library.opcheck(
         torch.ops.cepo_kernels.linear_policy_loss.default,
         (policy, hidden[1], hidden[2], weight, bias, labels, advantages, None, None, None, None, *numbers, *more,
-         *options, None, -100, "ppo", False, [True, not frozen, not frozen], "auto"),
+         *options, None, -100, "ppo", False, [True, not frozen, not frozen], None, "auto"),
     )  # fmt: skip
 
 
@@ -293,6 +343,8 @@ def test_memory_is_a_chunk_whatever_the_number_of_rows(monkeypatch):
         ({"labels": torch.full((5,), VOCABULARY)}, ValueError, "labels: expected -100 or 0 <= label < 301, got 301"),
         ({"labels": torch.zeros(5)}, TypeError, "labels: expected int32 or int64"),
         ({"temperature": 0.0}, ValueError, "temperature: expected a positive finite number .*, got 0.0"),
+        ({"logits_dtype": torch.float64}, ValueError, "logits_dtype: expected None, bfloat16 or float16, got .*64"),
+        ({"logits_dtype": torch.float16, "hidden_states": torch.zeros(5, WIDTH).double()}, ValueError, "logits_dtype"),
         ({"backend": "gpu"}, ValueError, "backend: expected 'auto' or one of"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
