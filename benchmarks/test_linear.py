@@ -2,13 +2,15 @@
 
 The share is of the time of the products (float32 or 16-bit, whichever is faster here) of the same shapes that the
 arithmetic needs: one forward, four with the gradient of a trainable head, two with a frozen one, five for the policy
-loss over three contexts.
+loss over three contexts. "16-bit logits" is `logits_dtype=bfloat16`, what the peers compute for bfloat16 operands;
+"made again" is for more rows than one chunk holds, where no logits are kept for the backward.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from interleaved import Turns
 from torch import Tensor
 
 import cepo_kernels
-from cepo_kernels import backends
+from cepo_kernels import backends, linear_products
 
 ROWS, WIDTH, VOCABULARY = 512, 1024, 49_152
 ROUNDS = 5
@@ -53,6 +55,20 @@ def gradient(run: Run, hidden: Tensor, weight: Tensor, labels: Tensor, frozen: b
     run(hidden, weight, labels).sum().backward()
 
 
+def made_again(call: Callable[[], Any]) -> Callable[[], Any]:
+    """`call` with chunks that hold a quarter of the rows."""
+
+    def run() -> None:
+        whole = linear_products.LOGITS_BYTES
+        linear_products.LOGITS_BYTES = ROWS * VOCABULARY
+        try:
+            call()
+        finally:
+            linear_products.LOGITS_BYTES = whole
+
+    return run
+
+
 @pytest.mark.skipif(backends.unavailable("cpu", "cpu") is not None, reason=str(backends.unavailable("cpu", "cpu")))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", PRODUCTS)
@@ -62,17 +78,23 @@ def test_linear(benchmark: Any, tables: list[dict[str, Any]], kind: str, dtype: 
     weight = (torch.randn(VOCABULARY, WIDTH) * 0.05).to(DTYPES[dtype])
     labels, advantages = torch.randint(VOCABULARY, (ROWS,)), torch.randn(ROWS)
 
-    def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return cepo_kernels.linear_token_logprobs(hidden, weight, labels).logprobs
+    def ours(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        return cepo_kernels.linear_token_logprobs(hidden, weight, labels, **options).logprobs
 
-    def loss() -> None:
+    def loss(**options: Any) -> None:
         leaves = contexts[0].detach().requires_grad_(), weight.detach().requires_grad_()
         cepo_kernels.linear_contrastive_policy_loss(
-            leaves[0], *contexts[1:], leaves[1], labels, advantages
+            leaves[0], *contexts[1:], leaves[1], labels, advantages, **options
         ).loss.backward()
 
+    sixteen = {"logits_dtype": torch.bfloat16}
+    runs: dict[str, Run] = {"cepo": ours}
+    if dtype == "bf16":
+        runs["cepo, 16-bit logits"] = partial(ours, **sixteen)
+    if kind != "policy loss":
+        runs |= peers()
     calls: dict[str, Callable[[], Any]] = {}
-    for name, run in {"cepo": ours, **({} if kind == "policy loss" else peers())}.items():
+    for name, run in runs.items():
         if kind == "forward":
             calls[name] = torch.no_grad()(lambda run=run: run(contexts[0], weight, labels))
         else:
@@ -80,6 +102,11 @@ def test_linear(benchmark: Any, tables: list[dict[str, Any]], kind: str, dtype: 
             calls[name] = lambda run=run, frozen=frozen: gradient(run, contexts[0], weight, labels, frozen)
     if kind == "policy loss":
         calls["cepo"] = loss
+        if dtype == "bf16":
+            calls["cepo, 16-bit logits"] = partial(loss, **sixteen)
+    if kind == "forward+backward":
+        for name in [name for name in calls if name.startswith("cepo")]:
+            calls[f"{name}, made again"] = made_again(calls[name])
     wide, wide_weight = contexts[0].float(), weight.float()
     calls["product, fp32"] = lambda: wide @ wide_weight.t()
     if dtype == "bf16":
@@ -99,5 +126,41 @@ def test_linear(benchmark: Any, tables: list[dict[str, Any]], kind: str, dtype: 
     ]  # fmt: skip
     table.append({"name": f"{PRODUCTS[kind]} x the product", "ms": products * 1e3, "gb_per_s": None,
                   "share_of_read": 1.0, "speedup": None, "error": None})  # fmt: skip
-    title = f"{benchmark.group}: N = {ROWS}, H = {WIDTH}, V = {VOCABULARY:,}; share: of the products alone"
-    tables.append({"group": benchmark.group, "title": title, "rows": table, "absent": {}})
+    _finish(tables, benchmark.group, table)
+
+
+@pytest.mark.parametrize("kind", ["log-probs", "policy loss"])
+def test_rows_without_a_coefficient_cost_nothing(benchmark: Any, tables: list[dict[str, Any]], kind: str) -> None:
+    """The backward of the log-probs, and the whole policy loss, with the coefficient of every second row 0."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(ROWS, WIDTH, requires_grad=True), torch.randn(VOCABULARY, WIDTH, requires_grad=True)
+    labels, every = torch.randint(VOCABULARY, (ROWS,)), torch.randn(ROWS)
+    half = every * (torch.arange(ROWS) % 2)
+    logprobs = cepo_kernels.linear_token_logprobs(hidden, weight, labels).logprobs
+
+    def backward(coefficients: Tensor) -> None:
+        if kind == "log-probs":
+            torch.autograd.grad(logprobs, (hidden, weight), coefficients, retain_graph=True)
+        else:
+            out = cepo_kernels.linear_contrastive_policy_loss(hidden, None, None, weight, labels, coefficients)
+            torch.autograd.grad(out.loss, (hidden, weight))
+
+    calls = {"cepo": lambda: backward(half), "all rows": lambda: backward(every)}
+    for call in calls.values():
+        call()
+    turns = Turns(calls)
+    benchmark.group = f"linear {kind}, half of the rows"
+    benchmark.pedantic(calls["cepo"], setup=lambda: turns.take(skip="cepo"), rounds=ROUNDS)
+    turns.seconds["cepo"] = list(benchmark.stats.stats.data)
+    medians = turns.medians()
+    table = [
+        {"name": name, "ms": seconds * 1e3, "gb_per_s": None, "share_of_read": seconds / medians["all rows"],
+         "speedup": seconds / medians["cepo"], "error": None}
+        for name, seconds in medians.items()
+    ]  # fmt: skip
+    _finish(tables, benchmark.group, table)
+
+
+def _finish(tables: list[dict[str, Any]], group: str, table: list[dict[str, Any]]) -> None:
+    title = f"{group}: N = {ROWS}, H = {WIDTH}, V = {VOCABULARY:,}; share: of the last row"
+    tables.append({"group": group, "title": title, "rows": table, "absent": {}})
