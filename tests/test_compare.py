@@ -324,21 +324,23 @@ def test_an_unfinished_comparison_compares_the_seeds_that_both_have(tmp_path: Pa
 
 
 def test_the_hash_is_of_all_that_changes_a_number_and_nothing_else(tmp_path: Path) -> None:
-    cell = plan_of(tmp_path).final("addition", "cepo", 3e-4, 0)
+    def final(lr: float = 3e-4, seed: int = 0, method: str = "cepo", **changes: Any) -> Cell:
+        return plan_of(tmp_path, **changes).final("addition", method, lr, seed)
+
+    cell = final()
     others = [
-        plan_of(tmp_path, base={**SMALL["base"], "rollout": {"prompts": 5}}).final("addition", "cepo", 3e-4, 0),
-        plan_of(tmp_path, methods={**SMALL["methods"], "cepo": {"credit": {"lam": 0.4}}}).final("addition", "cepo", 3e-4, 0),
-        plan_of(tmp_path, tasks={"addition": {"rollout": {"temperature": 0.9}}}).final("addition", "cepo", 3e-4, 0),
-        plan_of(tmp_path, test_problems=9).final("addition", "cepo", 3e-4, 0),
-        plan_of(tmp_path, pass_at={"k": 3, "problems": 4}).final("addition", "cepo", 3e-4, 0),
-        plan_of(tmp_path).final("addition", "cepo", 1e-4, 0),
-        plan_of(tmp_path).final("addition", "cepo", 3e-4, 1),
+        final(base={**SMALL["base"], "rollout": {"prompts": 5}}),
+        final(methods={**SMALL["methods"], "cepo": {"credit": {"lam": 0.4}}}),
+        final(tasks={"addition": {"rollout": {"temperature": 0.9}}}),
+        final(test_problems=9),
+        final(pass_at={"k": 3, "problems": 4}),
+        final(lr=1e-4),
+        final(seed=1),
+        final(method="grpo"),
         plan_of(tmp_path).tuning("addition", "cepo", 3e-4, 0),
-        plan_of(tmp_path).final("addition", "grpo", 3e-4, 0),
-    ]  # fmt: skip
+    ]
     assert len({cell.hash, *(other.hash for other in others)}) == 10
-    saved_less = plan_of(tmp_path, base={**SMALL["base"], "checkpoint": {"every": 7}}, cell_seconds=1)
-    assert saved_less.final("addition", "cepo", 3e-4, 0).hash == cell.hash
+    assert final(base={**SMALL["base"], "checkpoint": {"every": 7}}, cell_seconds=1).hash == cell.hash
     assert replace(cell, config=replace(cell.config, run_dir="elsewhere")).hash == cell.hash
 
 

@@ -76,7 +76,7 @@ def test_a_verdict_needs_a_corrected_p_and_a_side() -> None:
     assert verdict(better, 0.049) == "better"
     assert verdict(worse, 0.049) == "worse"
     assert verdict(better, 0.05) == verdict(better, None) == "not separated"
-    assert verdict(Paired(0, None, None, None, None, None), None) == "not separated"
+    assert verdict(Paired(0, None, None, None, None, None), None) == "no data"
 
 
 @pytest.mark.parametrize("n", [2, 5])

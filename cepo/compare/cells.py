@@ -66,8 +66,10 @@ class Store:
         record, file = self._read(cell), self.out / cell.directory / checkpoint.CONFIG
         if record and record["hash"] != cell.hash:
             return f"{self.path(cell)} ({_difference(record['config'], cell.content) or 'pass_at'})"
-        if file.is_file() and (difference := _difference(identity(yaml.safe_load(file.read_text())), cell.content)):
-            return f"{file.parent} ({difference})"
+        if file.is_file():
+            left = identity(yaml.safe_load(file.read_text()) or {})
+            if difference := _difference(left, cell.content):
+                return f"{file.parent} ({difference})"
         return None
 
     def discard(self, cell: Cell) -> None:

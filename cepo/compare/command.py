@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -13,8 +13,8 @@ from jsonargparse import ArgumentParser
 from cepo import checkpoint
 from cepo.compare import table
 from cepo.compare.cells import Record, Store, run
-from cepo.compare.plan import BASE, Cell, Plan, load
-from cepo.compare.results import chosen, summarise, whole
+from cepo.compare.plan import BASE, Plan, load
+from cepo.compare.results import schedule, summarise, whole
 from cepo.errors import InputError
 from cepo.parts import load_task
 
@@ -33,7 +33,7 @@ def compare(
     """
     store, began = Store(out), time.monotonic()
     _replace_stale(plan, store, redo)
-    for number, cell in enumerate(_schedule(plan, store), 1):
+    for number, cell in enumerate(schedule(plan, store), 1):
         record = store.get(cell)
         if record is not None and "error" not in record:
             continue
@@ -61,11 +61,9 @@ def main(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--out", help="directory of all runs and results; default: runs/<name of the plan>")
     parser.add_argument("--limit-seconds", type=float, help="start no more cells after so long")
-    parser.add_argument("--keep-weights", action="store_true",
-                        help="leave the checkpoints of finished cells")  # fmt: skip
+    parser.add_argument("--keep-weights", action="store_true", help="leave the checkpoints of finished cells")
     parser.add_argument("--redo", action="store_true", help="replace cells that were made under another configuration")
-    parser.add_argument("--report-only", action="store_true",
-                        help="write the results from the cells that are there")  # fmt: skip
+    parser.add_argument("--report-only", action="store_true", help="write the results from what is there")
     given = parser.parse_args(list(arguments))
     if given.limit_seconds is not None and not given.limit_seconds >= 0:
         raise InputError(f"--limit-seconds: expected at least 0, got {given.limit_seconds:g}")
@@ -73,36 +71,23 @@ def main(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     out = Path(given.out or Path("runs", plan.name)).expanduser()
     if given.report_only and not out.is_dir():
         raise InputError(f"--out: expected a directory with cells, got {str(out)!r}")
-    for task in plan.tasks:
-        load_task(plan.configs[task, BASE])
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out: cannot make {out}: {error.strerror}") from error
-    with checkpoint.lock(out):
-        if not given.report_only:
-            options = {name: given[name] for name in ("limit_seconds", "keep_weights", "redo")}
+    if not given.report_only:
+        for task in plan.tasks:
+            load_task(plan.configs[task, BASE])
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out: cannot make {out}: {error.strerror}") from error
+        options = {name: given[name] for name in ("limit_seconds", "keep_weights", "redo")}
+        with checkpoint.lock(out):
             try:
                 compare(plan, out, **options)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt("the same command continues where this one stopped") from None
-        summary = report(plan, out)
+    summary = report(plan, out)
     sys.stdout.write(table.markdown(summary))
     print(f"results: {out / 'results.md'}, .json, .png", file=sys.stderr)
     return 0 if whole(summary) else 1
-
-
-def _schedule(plan: Plan, store: Store) -> Iterator[Cell]:
-    """All cells in their order. Final ones come seed by seed, so that what is there early can be compared."""
-    for task in plan.tasks:
-        yield plan.base(task)
-        for lr in plan.rates:
-            for seed in plan.tuning_seeds:
-                yield from (plan.tuning(task, method, lr, seed) for method in plan.methods)
-        for seed in plan.seeds:
-            for method in plan.methods:
-                if (lr_of := chosen(plan, store, task, method)) is not None:
-                    yield plan.final(task, method, lr_of, seed)
 
 
 def _replace_stale(plan: Plan, store: Store, redo: bool) -> None:

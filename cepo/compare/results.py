@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from cepo import axes
@@ -39,11 +39,22 @@ def chosen(plan: Plan, store: Store, task: str, method: str) -> float | None:
     return max(known, key=lambda lr: (known[lr], -lr), default=None)
 
 
+def schedule(plan: Plan, store: Store) -> Iterator[Cell]:
+    """All cells in their order, final ones once their rate is chosen: seed by seed, so that a part can be compared."""
+    for task in plan.tasks:
+        yield plan.base(task)
+        for lr in plan.rates:
+            for seed in plan.tuning_seeds:
+                yield from (plan.tuning(task, method, lr, seed) for method in plan.methods)
+        for seed in plan.seeds:
+            for method in plan.methods:
+                if (lr_of := chosen(plan, store, task, method)) is not None:
+                    yield plan.final(task, method, lr_of, seed)
+
+
 def summarise(plan: Plan, store: Store) -> Record:
-    """What results.json holds; see `_task` for each task's part."""
-    tasks = {task: _task(plan, store, task) for task in plan.tasks}
-    wanted = [cell for task in plan.tasks for cell in _wanted(plan, store, task)]
-    records = [(cell.name, store.get(cell)) for cell in wanted]
+    """What results.json holds."""
+    records = [(cell.name, store.get(cell)) for cell in schedule(plan, store)]
     software = []
     for _, record in records:
         if record is not None and "error" not in record and record["software"] not in software:
@@ -53,7 +64,7 @@ def summarise(plan: Plan, store: Store) -> Record:
         "plan": {"name": plan.name, "reference": plan.reference, "metric": plan.metric, "seeds": list(plan.seeds),
                  "rates": list(plan.rates), "tuning_seeds": list(plan.tuning_seeds), "pass_at": dict(plan.pass_at),
                  "test_problems": plan.test_problems, "cell_seconds": plan.cell_seconds, "level": LEVEL},
-        "tasks": tasks,
+        "tasks": {task: _task(plan, store, task) for task in plan.tasks},
         "cells": {
             "planned": len(plan),
             "finished": sum(record is not None and "error" not in record for _, record in records),
@@ -71,15 +82,6 @@ def whole(summary: Record) -> bool:
     return cells["finished"] == cells["planned"] and all(
         check["held"] for task in summary["tasks"].values() for check in task["checks"]
     )
-
-
-def _wanted(plan: Plan, store: Store, task: str) -> list[Cell]:
-    """The cells of a task as far as they are known: the final ones of a method once its rate is chosen."""
-    cells = [plan.base(task)]
-    for method in plan.methods:
-        cells += [plan.tuning(task, method, lr, seed) for lr in plan.rates for seed in plan.tuning_seeds]
-        cells += _finals(plan, store, task, method)
-    return cells
 
 
 def _finals(plan: Plan, store: Store, task: str, method: str) -> list[Cell]:
@@ -147,22 +149,24 @@ def _checks(plan: Plan, store: Store, task: str, base: Record | None, finals: li
     def check(what: str, held: bool, detail: object) -> None:
         found.append({"what": what, "held": held, "detail": str(detail)})
 
-    def same(what: str, records: Sequence[Record], *keys: str) -> None:
-        values = list(dict.fromkeys(tuple(record[key] for key in keys) for record in records))
-        check(what, len(values) == 1, "; ".join(", ".join(map(str, value)) for value in values))
+    def same(what: str, groups: Mapping[str, Sequence[Record]], *keys: str) -> None:
+        values = {name: list(dict.fromkeys(tuple(record[key] for key in keys) for record in records))
+                  for name, records in groups.items()}  # fmt: skip
+        told = (name + " | ".join(", ".join(map(str, each)) for each in found) for name, found in values.items())
+        check(what, all(len(found) == 1 for found in values.values()), "; ".join(told))
 
     for kind, records in (("tuning", tuning), ("final", finals)):
         if not records:
             continue
-        for seed in sorted({record["seed"] for record in records}):
-            of_seed = [record for record in records if record["seed"] == seed]
-            same(f"{kind}, seed {seed}: the same training problems in the same order", of_seed, "training_problems")
-            first = [record["start"] for record in of_seed]
-            same(f"{kind}, seed {seed}: the same first rollouts, by tokens and accuracy", first, "tokens", "accuracy")
-        same(f"{kind}: the same steps, and rollouts in each", records, "steps", "rollouts_per_step")
+        seeds = sorted({record["seed"] for record in records})
+        by_seed = {f"seed {seed}: ": [record for record in records if record["seed"] == seed] for seed in seeds}
+        firsts = {seed: [record["start"] for record in of_seed] for seed, of_seed in by_seed.items()}
         tested = records if kind == "tuning" or base is None else [base, *records]
-        same(f"{kind}: the same held-out problems, and their number", tested, "held_out_problems", "held_out")
-        same(f"{kind}: the same initial accuracy, sampled and greedy", [_start(r) for r in tested], *METRICS)
+        same(f"{kind}: the same training problems in the same order", by_seed, "training_problems")
+        same(f"{kind}: the same first rollouts, by tokens and accuracy", firsts, "tokens", "accuracy")
+        same(f"{kind}: the same steps, and rollouts in each", {"": records}, "steps", "rollouts_per_step")
+        same(f"{kind}: the same held-out problems, and their number", {"": tested}, "held_out_problems", "held_out")
+        same(f"{kind}: the same initial accuracy, sampled and greedy", {"": [_start(r) for r in tested]}, *METRICS)
         both = sum(record["in_both"] for record in records)
         check(f"{kind}: no training problem is held out", both == 0, f"{both} in both")
     return found

@@ -125,8 +125,10 @@ def _shift(n: int, level: float) -> float:
 
 
 def verdict(difference: Paired, p_holm: float | None) -> str:
-    """ "better" or "worse" where Holm's p is below .05, else "not separated"."""
-    if difference.mean is None or p_holm is None or p_holm >= LEVEL:
+    """ "better" or "worse" where Holm's p is below .05, "not separated" where it is not, "no data" without a pair."""
+    if difference.mean is None:
+        return "no data"
+    if p_holm is None or p_holm >= LEVEL:
         return "not separated"
     return "better" if difference.mean > 0 else "worse"
 

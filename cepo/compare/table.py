@@ -40,7 +40,8 @@ def _preamble(plan: Record) -> list[str]:
     )
     return [
         f"Accuracy on the same {plan['test_problems']:,} test problems with the same sampling noise; mean +- standard "
-        f"deviation over seeds {seeds}, of the problems and the noise of training; all start from one base. {tuned}",
+        f"deviation over seeds {seeds}, of the problems and the noise of training. All methods of a task start from "
+        f"the same weights, of which alone the table speaks. {tuned}",
         "",
         f"`vs {plan['reference']}`: difference in {plan['metric']} accuracy, in points, paired by seed, with the 95 % "
         "interval of Student's t. `p`: of that, with Holm's correction over the methods of a task; the verdict is by "
@@ -77,7 +78,8 @@ def _table(plan: Record, task: Record) -> list[str]:
         }
         if difference := method.get("difference"):
             row[heads[4]] = _difference(difference)
-            row["p (Holm)"] = _number(difference["p_holm"])
+            p = difference["p_holm"]
+            row["p (Holm)"] = "<0.001" if p is not None and p < 1e-3 else _number(p)
             row["verdict"] = difference["verdict"]
             if difference["detectable"] is not None:
                 both = (100 * difference["detectable"], 100 * difference["detectable_holm"])
