@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -405,6 +406,8 @@ def test_a_damaged_cell_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         ({"base": {"train": {"lr": 3}}, "tuning": {"lr": [1], "seeds": [9]}}, ["base", "train.lr", "tuning.lr"]),
         ({"base": {"eval": {"split": "test"}}}, ["base", "eval.split"]),
         ({"base": {"resume": "runs/x"}}, ["base", "'resume'"]),
+        ({"base": {"train": None}}, ["base", "train"]),
+        ({"base": {"train": {"steps": date(2026, 1, 1)}}}, ["base", "train.steps", "2026-01-01"]),
         ({"tasks": {"addition": {"task": {"name": "magic"}}}}, ["'magic'", "addition"]),
         ({"tasks": {"addition": {"train": {"steps": 0}}}}, ["tasks.addition", "train.steps", "at least 1"]),
         ({"tuning": {"lr": [1e-4]}}, ["tuning", "lr and seeds"]),

@@ -261,7 +261,7 @@ def _flat(where: str, overrides: Any, taken: Mapping[str, str]) -> dict[str, str
         for key, each in keys.items():
             if key in taken:
                 raise InputError(f"{where}: {key}: expected to be left to {taken[key]}, got {each!r}")
-            flat[key] = each if isinstance(each, str) else json.dumps(each)
+            flat[key] = each if isinstance(each, str) else json.dumps(each, default=str)
     return flat
 
 
