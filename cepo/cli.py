@@ -1,4 +1,4 @@
-"""The command line: `cepo train | eval | doctor`, YAML and `--section.key value` on top of it."""
+"""The command line: `cepo train | eval | compare | doctor`, YAML and `--section.key value` on top of it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 _EPILOG = {
     "train": "examples: cepo train | cepo train --credit.name rlsd --train.steps 100 | cepo train --resume runs/NAME",
     "eval": "examples: cepo eval --policy.model runs/NAME | cepo eval --eval.split test --eval.problems 2000",
+    "compare": "examples: cepo compare examples/compare/addition.yaml | cepo compare PLAN.yaml --limit-seconds 3600",
     "doctor": "takes no arguments",
 }
 _SUMMARY = {
     "train": "improve a model on a task; without arguments, the embedded model on column addition",
     "eval": "held-out accuracy of a model, sampled and greedy",
+    "compare": "methods x tasks x seeds from one plan, and a table of what each is worth; the same command continues",
     "doctor": "which backend runs here, and whether it computes what it should",
 }
 
@@ -45,7 +47,7 @@ class _Parser(ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, 1 if the doctor finds a wrong result, 2 for bad input.
+    """Run a command. Returns the exit status: 0, 1 if the doctor or a comparison is not content, 2 for bad input.
 
     130 after an interrupt, 141 if nobody reads the output any more: 128 + the signal, as shells count.
     """
@@ -84,14 +86,18 @@ def _run(arguments: list[str]) -> int:
 
         _parser("doctor").parse_args(arguments[1:])
         return 0 if doctor.report() else 1
+    if command == "compare":
+        from cepo.compare import command as compare
+
+        return compare.main(_parser("compare"), arguments[1:])
     return {"train": _train, "eval": _eval}[command](arguments[1:])
 
 
 def _parser(command: str) -> _Parser:
-    usage = f"cepo {command}" + ("" if command == "doctor" else " [--config FILE] [--section.key value ...]")
+    usage = {"doctor": "", "compare": " PLAN.yaml [--out DIR] [options]"}
     return _Parser(
         prog=f"cepo {command}",
-        usage=usage,
+        usage=f"cepo {command}{usage.get(command, ' [--config FILE] [--section.key value ...]')}",
         description=_SUMMARY[command],
         epilog=_EPILOG[command],
         allow_abbrev=False,
@@ -179,7 +185,7 @@ def _train(arguments: list[str]) -> int:
 
         def resolved(path: str) -> str:
             config.run_dir = path
-            return _dump(config)
+            return dump(config)
 
         if run is None:
             name = f"{config.task.name.split('/')[-1].replace(':', '-')}-{config.credit.name}-seed{config.train.seed}"
@@ -238,7 +244,7 @@ def _eval(arguments: list[str]) -> int:
     return 0
 
 
-def _dump(config: Config) -> str:
+def dump(config: Config) -> str:
     from dataclasses import asdict
 
     return str(yaml.safe_dump(asdict(config), sort_keys=False))

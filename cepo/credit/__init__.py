@@ -6,6 +6,7 @@ Each member is a module with
            negative_mask, lam, eps_w, **options)     what `op` returns; `contrastive_policy_loss` makes the loss too
     TEACHERS    which teachers it reads, among "positive" and "negative"
     EPS_W, LAM_STEPS    the published evidence clip, and the number of steps over which lambda falls to 0
+    SUPERVISION    what it is told about a problem, for the table of a comparison: ("answer",) or nothing
 
 Logits are (N, V), the rest (N,). A teacher multiplies the advantage, so rows with A = 0 and steps with lambda = 0 need
 none: both logits may then be None, and the result is the same.

@@ -12,6 +12,7 @@ from cepo_kernels import contrastive_logprobs
 TEACHERS: tuple[str, ...] = ("positive",)
 EPS_W = 0.2
 LAM_STEPS = 50
+SUPERVISION: tuple[str, ...] = ("answer",)
 
 
 def rlsd(

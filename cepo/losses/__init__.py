@@ -2,6 +2,7 @@
 
 Each member is a module with a function of its own name, which defines it, and `SURROGATE`, what the fused kernel behind
 `cepo_kernels.contrastive_policy_loss` calls it; the trainer runs that. All tensors are (N,), one per response token.
+`SUPERVISION` names what the loss is told of a problem beside the advantage.
 """
 
 from __future__ import annotations

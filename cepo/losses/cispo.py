@@ -7,6 +7,7 @@ from torch import Tensor
 from cepo.losses import Loss
 
 SURROGATE = "cispo"
+SUPERVISION: tuple[str, ...] = ()
 
 
 def cispo(

@@ -8,6 +8,7 @@ from torch import Tensor
 from cepo.losses import Loss
 
 SURROGATE = "ppo"
+SUPERVISION: tuple[str, ...] = ()
 
 
 def clipped(

@@ -7,6 +7,8 @@ from typing import Any
 
 from cepo.tasks import Problem, Task
 
+SUPERVISION: tuple[str, ...] = ("verifier",)
+
 
 def verifier(
     prompts: Sequence[str],

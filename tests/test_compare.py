@@ -1,0 +1,496 @@
+"""`cepo compare`: what it runs, what it never runs twice, and that its table says what the cells say."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from test_cli import refused
+from tiny import one_thread  # noqa: F401
+
+from cepo import axes, checkpoint, metrics, trainer
+from cepo.cli import main, parse
+from cepo.compare import cells, command
+from cepo.compare.cells import Record, Store
+from cepo.compare.plan import Cell, Plan, load
+from cepo.compare.results import chosen, summarise, supervision
+from cepo.parts import Parts
+
+ROOT = Path(__file__).parent.parent
+SMALL: dict[str, Any] = {
+    "base": {
+        "rollout": {"prompts": 4, "group_size": 4},
+        "train": {"steps": 2},
+        "eval": {"problems": 6, "every": 1},
+        "checkpoint": {"every": 1},
+    },
+    "methods": {"grpo": {"credit": {"name": "uniform"}}, "cepo": {"credit": {"name": "cepo"}}},
+    "tasks": {"addition": {}},
+    "seeds": [0, 1],
+    "test_problems": 8,
+    "pass_at": {"k": 2, "problems": 4},
+}
+TUNED = {**SMALL, "tuning": {"lr": [1e-4, 1e-3], "seeds": [100]}}
+TIMES = ("seconds", "seconds_per_active_step", "evaluation_seconds", "wall_seconds", "resumed_from_step")
+
+
+def write(folder: Path, content: dict[str, Any]) -> str:
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return str(path)
+
+
+def plan_of(folder: Path, content: dict[str, Any] | None = None, **changes: Any) -> Plan:
+    return load(write(folder, {**(content or SMALL), **changes}))
+
+
+def written(out: Path) -> list[bytes]:
+    return [(out / name).read_bytes() for name in ("results.json", "results.md", "results.png")]
+
+
+def read(out: Path) -> dict[str, Record]:
+    return {path.stem: json.loads(path.read_text()) for path in (out / cells.FOLDER).glob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison: plan.yaml, and its cells and results in out/."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main(["compare", write(folder, TUNED), "--out", str(folder / "out")]) == 0
+    return folder
+
+
+def test_every_cell_is_a_normal_run_and_a_small_file(whole: Path) -> None:
+    out, plan = whole / "out", load(whole / "plan.yaml")
+    records = read(out)
+    assert len(records) == len(plan) == 1 + 2 * (2 + 2)
+    for record in records.values():
+        assert len(json.dumps(record)) < 5000
+        if record["kind"] == "base":
+            continue
+        run = out / record["task"] / record["method"] / f"lr{record['lr']:g}-seed{record['seed']}"
+        config, _ = parse("train", ["--config", str(run / checkpoint.CONFIG)])
+        assert (config.train.lr, config.train.seed) == (record["lr"], record["seed"])
+        assert config.credit.name == {"grpo": "uniform", "cepo": "cepo"}[record["method"]]
+        assert config.eval.split == {"tuning": "validation", "final": "test"}[record["kind"]]
+        assert config.eval.problems == record["held_out"] == {"tuning": 6, "final": 8}[record["kind"]]
+        steps = [r for r in metrics.read(run) if r["kind"] == "train"]
+        evals = [r for r in metrics.read(run) if r["kind"] == "eval"]
+        assert [p["step"] for p in record["curve"]] == ([0, 2] if record["kind"] == "tuning" else [0, 1, 2])
+        assert [(p["sampled"], p["greedy"]) for p in record["curve"]] == [(r["sampled"], r["greedy"]) for r in evals]
+        assert record["generated_tokens"] == sum(r["tokens"] for r in steps)
+        assert record["curve"][-1]["training_seconds"] == pytest.approx(sum(record["seconds"].values()))
+        assert record["wall_seconds"] > sum(record["seconds"].values()) + record["evaluation_seconds"]
+        assert (run / "curves.png").is_file()
+        assert not (run / checkpoint.FOLDER).exists(), "weights of a finished cell are dropped"
+
+
+def test_the_table_is_what_the_cells_say(whole: Path) -> None:
+    summary = json.loads((whole / "out" / "results.json").read_text())
+    records = read(whole / "out")
+    task = summary["tasks"]["addition"]
+    base = records["addition-base"]
+    assert task["base"] == {"sampled": base["curve"][0]["sampled"], "greedy": base["curve"][0]["greedy"],
+                            "pass_at": base["pass_at"]["accuracy"]}  # fmt: skip
+    ends: dict[str, list[float]] = {}
+    for name, method in task["methods"].items():
+        tuning = {lr: records[f"addition-{name}-lr{lr}-seed100"]["curve"][-1]["sampled"] for lr in ("0.0001", "0.001")}
+        assert {f"{each['lr']:g}": each["mean"] for each in method["tried"]} == tuning
+        assert method["lr"] == (1e-3 if tuning["0.001"] > tuning["0.0001"] else 1e-4)
+        finals = [records[f"addition-{name}-lr{method['lr']:g}-seed{seed}"] for seed in (0, 1)]
+        ends[name] = [record["curve"][-1]["sampled"] for record in finals]
+        assert method["sampled"] == {"values": ends[name], "mean": mean(ends[name]), "sd": stdev(ends[name])}
+        assert method["seconds_per_step"] == pytest.approx(
+            mean(sum(record["seconds"].values()) / record["steps"] for record in finals)
+        )
+    pairs = [one - other for one, other in zip(ends["cepo"], ends["grpo"], strict=True)]
+    assert task["methods"]["cepo"]["difference"]["mean"] == pytest.approx(mean(pairs))
+    assert "difference" not in task["methods"]["grpo"]
+    assert summary["cells"] == {"planned": 9, "finished": 9, "failed": {}, "too_long": {}}
+    table = (whole / "out" / "results.md").read_text()
+    assert f"| **grpo** | {mean(ends['grpo']):.3f} +- {stdev(ends['grpo']):.3f} |" in table
+    assert "| verifier, answer |" in table
+    assert "FAILED" not in table
+
+
+def test_methods_met_on_equal_terms_and_the_table_says_so(whole: Path) -> None:
+    checks = json.loads((whole / "out" / "results.json").read_text())["tasks"]["addition"]["checks"]
+    assert all(check["held"] for check in checks)
+    for words in ("training problems", "first rollouts", "initial accuracy", "held-out problems", "steps", "held out"):
+        for kind in ("tuning", "final"):
+            assert any(words in check["what"] and check["what"].startswith(kind) for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda record: record.update(training_problems="others"), "the same training problems"),
+        (lambda record: record.update(held_out_problems="others"), "the same held-out problems"),
+        (lambda record: record["curve"][0].update(sampled=0.1), "the same initial accuracy"),
+        (lambda record: record.update(steps=3), "the same steps"),
+        (lambda record: record["start"].update(tokens=1), "the same first rollouts"),
+        (lambda record: record.update(in_both=2), "no training problem is held out"),
+    ],
+)
+def test_unequal_terms_are_told(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, words: str
+) -> None:
+    shutil.copytree(whole / "out" / cells.FOLDER, tmp_path / cells.FOLDER)
+    path = next((tmp_path / cells.FOLDER).glob("addition-cepo-*-seed1.json"))
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    assert main(["compare", str(whole / "plan.yaml"), "--out", str(tmp_path), "--report-only"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert len(failed) == 1
+    assert words in failed[0]
+
+
+def test_what_is_finished_is_never_run_again(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(whole / "out" / cells.FOLDER, tmp_path / cells.FOLDER)  # no run directory is left
+    monkeypatch.setattr(command, "run", lambda *_: pytest.fail("a cell was run"))
+    for options in ([], ["--report-only"]):
+        assert main(["compare", str(whole / "plan.yaml"), "--out", str(tmp_path), *options]) == 0
+        assert written(tmp_path) == written(whole / "out")
+
+
+def test_a_killed_comparison_continues_and_ends_the_same(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from cepo import trainer
+from cepo.cli import main
+original = trainer.train_step
+def fatal(parts, optimizer, step):
+    if (parts.config.credit.name, step) == ("cepo", 2):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(parts, optimizer, step)
+trainer.train_step = fatal
+main(sys.argv[1:])
+"""
+    methods = dict(reversed(SMALL["methods"].items()))
+    plan, environment = write(tmp_path, {**SMALL, "methods": methods, "seeds": [0]}), {**os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    process = subprocess.run([sys.executable, "-c", code, "compare", plan, "--out", str(killed)], env=environment,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    assert process.returncode == -signal.SIGKILL
+    (finished,) = (killed / cells.FOLDER).iterdir()
+    then = finished.stat().st_mtime_ns
+    assert main(["compare", plan, "--out", str(killed), "--keep-weights"]) == 0
+    assert finished.stat().st_mtime_ns == then
+    assert main(["compare", plan, "--out", str(straight)]) == 0
+    resumed, expected = read(killed), read(straight)
+    steps = {name: record.get("resumed_from_step") for name, record in resumed.items()}
+    assert steps == {"addition-base": None, "addition-cepo-lr0.0003-seed0": 1, "addition-grpo-lr0.0003-seed0": 0}
+    for records in (resumed, expected):
+        for record in records.values():
+            for name in TIMES:
+                record.pop(name, None)
+            for point in record["curve"]:
+                del point["training_seconds"]
+    assert resumed == expected
+    assert checkpoint.newest(killed / "addition" / "cepo" / "lr0.0003-seed0") is not None
+    assert checkpoint.newest(straight / "addition" / "cepo" / "lr0.0003-seed0") is None
+
+
+def test_a_failed_cell_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = trainer.train_step
+
+    def failing(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> trainer.Record:
+        if parts.config.credit.name == "cepo":
+            raise RuntimeError("the cat\nsat on it")
+        return original(parts, optimizer, step)
+
+    plan, out = write(tmp_path, {**SMALL, "seeds": [0]}), tmp_path / "out"
+    monkeypatch.setattr(trainer, "train_step", failing)
+    assert main(["compare", plan, "--out", str(out)]) == 1
+    name, told = "addition-cepo-lr0.0003-seed0", "RuntimeError: the cat sat on it"
+    captured = capsys.readouterr()
+    assert f"{name} failed: {told}" in captured.out
+    assert f"[3/3] {name}: failed: {told}" in captured.err
+    assert "2 of 3 are finished" in captured.out
+    assert read(out)[name]["traceback"][-2:] == ["RuntimeError: the cat", "sat on it"]
+    monkeypatch.undo()
+    assert main(["compare", plan, "--out", str(out)]) == 0
+    assert "3 of 3 are finished" in capsys.readouterr().out
+    assert "error" not in read(out)[name]
+
+
+def test_no_cell_starts_after_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", write(tmp_path, TUNED), "--out", str(tmp_path / "out"), "--limit-seconds", "0"]) == 1
+    captured = capsys.readouterr()
+    assert "no more cells are started after 0 s" in captured.err
+    assert "0 of 9 are finished" in captured.out
+    assert not (tmp_path / "out" / cells.FOLDER).exists()
+
+
+def test_an_interrupt_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> Record:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", interrupted)
+    assert main(["compare", write(tmp_path, SMALL), "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "cepo: interrupted; the same command continues where this one stopped\n"
+
+
+# From here on, cells are made by hand.
+
+
+def fake(store: Store, cell: Cell, end: float, **changes: Any) -> None:
+    curve = [{"step": step, "sampled": value, "greedy": 0.5, "training_seconds": step / 2}
+             for step, value in ((0, 0.5), (2, end))]  # fmt: skip
+    store.put(cell, {
+        "curve": curve, "start": {"tokens": 9, "accuracy": 0.5}, "end": {}, "steps": 2, "optimizer_steps": 2,
+        "generated_tokens": 99, "seconds": {"rollout": 0.6, "teacher": 0.3, "credit": 0.1}, "evaluation_seconds": 1.0,
+        "seconds_per_active_step": 0.5, "training_problems": f"those of {cell.seed}", "held_out_problems": cell.kind,
+        "held_out": 8, "in_both": 0, "pass_at": None, "software": {"torch": "0"}, "rollouts_per_step": 16,
+        "resumed_from_step": 0, "wall_seconds": 3.0, **changes,
+    })  # fmt: skip
+
+
+def test_the_rate_is_the_best_in_tuning_and_the_smallest_of_equals(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, tuning={"lr": [1e-3, 1e-4, 3e-4], "seeds": [100, 101]})
+    store = Store(tmp_path)
+    ends = {1e-4: (0.5, 0.7), 3e-4: (0.6, 0.6), 1e-3: (0.9, 0.2)}
+    for lr, values in ends.items():
+        for seed, value in zip((100, 101), values, strict=True):
+            assert chosen(plan, store, "addition", "grpo") is None, "cells are missing"
+            fake(store, plan.tuning("addition", "grpo", lr, seed), value)
+    assert chosen(plan, store, "addition", "grpo") == 1e-4
+    fake(store, plan.tuning("addition", "grpo", 1e-3, 101), 0.4)
+    assert chosen(plan, store, "addition", "grpo") == 1e-3
+    store.put(plan.tuning("addition", "grpo", 1e-3, 101), {"error": "too hot"})
+    assert chosen(plan, store, "addition", "grpo") == 1e-4
+    assert chosen(plan, store, "addition", "cepo") is None
+    assert summarise(plan, store)["cells"]["failed"] == {"addition-grpo-lr0.001-seed101": "too hot"}
+
+
+def test_without_tuning_the_rate_is_the_base_s(tmp_path: Path) -> None:
+    assert chosen(plan_of(tmp_path), Store(tmp_path), "addition", "cepo") == 3e-4
+
+
+def test_differences_are_paired_corrected_and_judged(tmp_path: Path) -> None:
+    credits = {name: {"credit": {"name": name}} for name in ("uniform", "cepo", "rlsd")}
+    plan = plan_of(tmp_path, methods=credits, reference="uniform", seeds=[0, 1, 2, 3], cell_seconds=2)
+    store = Store(tmp_path)
+    ends = {"uniform": (0.5, 0.6, 0.7, 0.8), "cepo": (0.6, 0.71, 0.79, 0.9), "rlsd": (0.4, 0.7, 0.6, 0.8)}
+    for name, values in ends.items():
+        for seed, value in enumerate(values):
+            fake(store, plan.final("addition", name, 3e-4, seed), value)
+    summary = summarise(plan, store)
+    methods = summary["tasks"]["addition"]["methods"]
+    cepo, rlsd = methods["cepo"]["difference"], methods["rlsd"]["difference"]
+    # .1, .11, .09, .1: mean .1, sd .00816, t = 24.5 with 3 degrees of freedom, whose .975 quantile is 3.182.
+    assert (cepo["n"], cepo["mean"], cepo["sd"]) == (4, pytest.approx(0.1), pytest.approx(0.0081650, rel=1e-4))
+    assert (cepo["low"], cepo["high"]) == (pytest.approx(0.0870078, rel=1e-4), pytest.approx(0.1129922, rel=1e-4))
+    assert cepo["p"] == pytest.approx(1.4913e-4, rel=1e-3)
+    assert cepo["p_holm"] == pytest.approx(2 * cepo["p"])
+    assert rlsd["p_holm"] == rlsd["p"] > 0.5
+    assert (cepo["verdict"], rlsd["verdict"]) == ("better", "not separated")
+    assert 0 < rlsd["detectable"] < rlsd["detectable_holm"]
+    assert methods["cepo"]["area"]["values"] == pytest.approx([0.55, 0.605, 0.645, 0.7])
+    assert methods["cepo"]["area_difference"]["mean"] == pytest.approx(0.05)
+    assert methods["cepo"]["seconds_per_step"] == pytest.approx(0.5)
+    assert methods["cepo"]["credit_seconds_per_step"] == pytest.approx(0.2)
+    assert len(summary["cells"]["too_long"]) == 12
+    fake(store, plan.final("addition", "cepo", 3e-4, 3), 0.9, software={"torch": "1"})
+    assert summarise(plan, store)["software"] == [{"torch": "0"}, {"torch": "1"}]
+
+
+def test_an_unfinished_comparison_compares_the_seeds_that_both_have(tmp_path: Path) -> None:
+    plan, store = plan_of(tmp_path), Store(tmp_path)
+    for name, seed in (("grpo", 0), ("grpo", 1), ("cepo", 1)):
+        fake(store, plan.final("addition", name, 3e-4, seed), 0.6 + seed / 10)
+    command.report(plan, tmp_path)
+    difference = json.loads((tmp_path / "results.json").read_text())["tasks"]["addition"]["methods"]["cepo"]
+    assert (difference["difference"]["n"], difference["difference"]["mean"]) == (1, 0)
+    assert difference["difference"]["verdict"] == "not separated"
+    assert "+0.0, n = 1" in (tmp_path / "results.md").read_text()
+
+
+def test_the_hash_is_of_all_that_changes_a_number_and_nothing_else(tmp_path: Path) -> None:
+    def final(lr: float = 3e-4, seed: int = 0, method: str = "cepo", **changes: Any) -> Cell:
+        return plan_of(tmp_path, **changes).final("addition", method, lr, seed)
+
+    cell = final()
+    others = [
+        final(base={**SMALL["base"], "rollout": {"prompts": 5}}),
+        final(methods={**SMALL["methods"], "cepo": {"credit": {"lam": 0.4}}}),
+        final(tasks={"addition": {"rollout": {"temperature": 0.9}}}),
+        final(test_problems=9),
+        final(pass_at={"k": 3, "problems": 4}),
+        final(lr=1e-4),
+        final(seed=1),
+        final(method="grpo"),
+        plan_of(tmp_path).tuning("addition", "cepo", 3e-4, 0),
+    ]
+    assert len({cell.hash, *(other.hash for other in others)}) == 10
+    assert final(base={**SMALL["base"], "checkpoint": {"every": 7}}, cell_seconds=1).hash == cell.hash
+    assert replace(cell, config=replace(cell.config, run_dir="elsewhere")).hash == cell.hash
+
+
+def test_cells_of_another_configuration_are_refused_or_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, store = plan_of(tmp_path), Store(tmp_path / "out")
+    fake(store, plan.final("addition", "cepo", 3e-4, 1), 0.6)
+    directory = tmp_path / "out" / plan.final("addition", "grpo", 3e-4, 0).directory
+    checkpoint.create_run(str(directory), "", lambda _: command_dump(plan))
+    changed = write(tmp_path, {**SMALL, "base": {**SMALL["base"], "train": {"steps": 3}}})
+    message = refused(capsys, "compare", changed, "--out", str(tmp_path / "out"))
+    assert "got 2 of another configuration" in message
+    assert "train.steps: 2, now 3" in message
+    assert "--redo" in message
+    assert store.get(plan.final("addition", "cepo", 3e-4, 1)) is not None
+    assert main(["compare", changed, "--out", str(tmp_path / "out"), "--report-only"]) == 1
+    assert "0 of 5 are finished" in capsys.readouterr().out
+    monkeypatch.setattr(command, "run", lambda cell, store, keep: store.put(cell, {"error": "not run"}))
+    assert main(["compare", changed, "--out", str(tmp_path / "out"), "--redo"]) == 1
+    assert store.get(load(changed).final("addition", "cepo", 3e-4, 1)) is not None
+    assert not directory.exists()
+
+
+def command_dump(plan: Plan) -> str:
+    from cepo.cli import dump
+
+    return dump(plan.final("addition", "grpo", 3e-4, 0).config)
+
+
+def test_a_damaged_cell_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = write(tmp_path, SMALL)
+    path = tmp_path / cells.FOLDER / "addition-base.json"
+    path.parent.mkdir()
+    for text in ('{"hash": ', "[]", "{}"):
+        path.write_text(text)
+        assert "addition-base.json: expected the numbers of a cell" in refused(
+            capsys, "compare", plan, "--out", str(tmp_path)
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": {}}, ["keys", "methods", "'method'"]),
+        ({"seeds": None}, ["seeds", "list", "None"]),
+        ({"seeds": []}, ["seeds", "[]"]),
+        ({"seeds": [1, 1]}, ["seeds", "different", "[1, 1]"]),
+        ({"seeds": [-1]}, ["seeds", "[0, 2^63)"]),
+        ({"methods": {}}, ["methods", "{}"]),
+        ({"methods": {"grpo": {}, "base": {}}}, ["methods", "untrained"]),
+        ({"methods": {"grpo": {}, "a-b": {}}}, ["methods", "'a-b'"]),
+        ({"methods": {"grpo": None}}, ["methods.grpo", "{} for none", "None"]),
+        ({"methods": {"grpo": {}, "cepo": {"credit": {"nam": "cepo"}}}}, ["methods.cepo", "--credit.nam"]),
+        ({"methods": {"grpo": {"magic": {}}}}, ["methods.grpo", "credit", "'magic'"]),
+        ({"methods": {"grpo": {"credit": {"name": "magic"}}}}, ["methods.grpo", "credit.name", "'magic'"]),
+        ({"methods": {"grpo": {"train": {"steps": 9}}}}, ["methods.grpo", "all methods share", "'train'"]),
+        ({"methods": {"grpo": {"rollout": {"group_size": 9}}}}, ["methods.grpo", "all methods share", "'rollout'"]),
+        ({"reference": "dapo"}, ["reference", "grpo, cepo", "'dapo'"]),
+        ({"metric": "best"}, ["metric", "sampled, greedy", "'best'"]),
+        ({"base": {"train": {"seed": 3}}}, ["base", "train.seed", "left to seeds"]),
+        ({"base": {"train": {"lr": 3}}, "tuning": {"lr": [1], "seeds": [9]}}, ["base", "train.lr", "tuning.lr"]),
+        ({"base": {"eval": {"split": "test"}}}, ["base", "eval.split"]),
+        ({"base": {"resume": "runs/x"}}, ["base", "'resume'"]),
+        ({"base": {"train": None}}, ["base", "train"]),
+        ({"base": {"train": {"steps": date(2026, 1, 1)}}}, ["base", "train.steps", "2026-01-01"]),
+        ({"tasks": {"addition": {"task": {"name": "magic"}}}}, ["'magic'", "addition"]),
+        ({"tasks": {"addition": {"train": {"steps": 0}}}}, ["tasks.addition", "train.steps", "at least 1"]),
+        ({"tuning": {"lr": [1e-4]}}, ["tuning", "lr and seeds"]),
+        ({"tuning": {"lr": [1e-4, 0.0001], "seeds": [9]}}, ["tuning.lr", "different"]),
+        ({"tuning": {"lr": [-1], "seeds": [9]}}, ["tuning.lr", "above 0"]),
+        ({"tuning": {"lr": [1e-4], "seeds": [1, 9]}}, ["tuning.seeds", "none of seeds", "[1]"]),
+        ({"test_problems": 0}, ["test_problems", "at least 1", "0"]),
+        ({"pass_at": 8}, ["pass_at", "k and problems", "8"]),
+        ({"pass_at": {"k": 0, "problems": 1}}, ["pass_at.k", "at least 1"]),
+        ({"cell_seconds": -1}, ["cell_seconds", "above 0"]),
+    ],
+)  # fmt: skip
+def test_a_bad_plan_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: list[str]
+) -> None:
+    message = refused(capsys, "compare", write(tmp_path, {**SMALL, **changes}), "--out", str(tmp_path / "out"))
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("methods:\n  cepo: {}\n  grpo: {}\n  cepo: {}\n", ["line 2", "each key once", "'cepo' twice"]),
+        ("methods: [", ["plan.yaml", "YAML"]),
+        ("", ["expected methods, tasks, seeds", "None"]),
+        ("methods: {grpo: {}}\ntasks: {addition: {}}\n", ["seeds", "to be there"]),
+    ],
+)
+def test_a_file_that_is_no_plan_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: list[str]
+) -> None:
+    (tmp_path / "plan.yaml").write_text(text)
+    message = refused(capsys, "compare", str(tmp_path / "plan.yaml"))
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.yaml"], ["PLAN", "nowhere.yaml"]),
+        ([], ["required: plan"]),
+        (["nowhere.yaml", "--limit-seconds", "-1"], ["--limit-seconds", "at least 0"]),
+        (["nowhere.yaml", "--limit-seconds", "soon"], ["soon"]),
+        (["nowhere.yaml", "--magic"], ["--magic"]),
+    ],
+)
+def test_bad_arguments_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]) -> None:
+    message = refused(capsys, "compare", *arguments)
+    assert all(word in message for word in words), message
+
+
+def test_a_report_needs_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "compare", write(tmp_path, SMALL), "--out", str(tmp_path / "out"), "--report-only")
+    assert "--out: expected a directory with cells" in message
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("base: {loss: {clip_low: 1e-1}}\nmethods: {grpo: {}}\ntasks: {addition: {}}\nseeds: [0]\n"
+                    "tuning: {lr: [1e-4, 3e-4], seeds: [1]}\n")  # fmt: skip
+    plan = load(path)
+    assert plan.rates == [1e-4, 3e-4]
+    assert plan.configs["addition", "grpo"].loss.clip_low == 0.1
+    assert plan.test_problems == 2000
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "compare").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_examples_are_plans(path: Path) -> None:
+    assert len(load(path).methods) >= 2
+
+
+@pytest.mark.parametrize("axis", ["rewards", "credit", "losses"])
+def test_every_member_says_what_supervision_it_takes(axis: str, tmp_path: Path) -> None:
+    for name in axes.members(axis):
+        assert isinstance(axes.module(axis, name).SUPERVISION, tuple), f"cepo/{axis}/{name}.py needs SUPERVISION"
+    config = plan_of(tmp_path).configs["addition", "cepo"]
+    assert supervision(config) == ["verifier", "answer"]
+
+
+def test_the_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        main(["compare", "--help"])
+    assert status.value.code == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("PLAN.yaml", "--limit-seconds", "--keep-weights", "--report-only", "--redo"))
