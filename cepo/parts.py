@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cepo import axes
 from cepo.config import Config
+from cepo.credit import TokenAdvantages
 from cepo.errors import InputError, one_line
 from cepo.policy import Policy, load_policy
 from cepo.rollout import Rollouts
@@ -30,6 +31,9 @@ class Parts:
     credit: Callable[..., Any]
     teachers: tuple[str, ...]
     surrogate: str
+    needs_zero_a_rows: bool = False
+    token_advantages: Callable[..., TokenAdvantages] | None = None
+    check_problem: Callable[..., None] | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -53,6 +57,7 @@ def load_parts(config: Config, model: str | None = None) -> Parts:
     task = load_task(config)
     policy = load_policy(config.policy if model is None else replace(config.policy, model=model, gguf_file=None))
     _check_backend(config.backend, policy)
+    credit = axes.module("credit", config.credit.name)
     return Parts(
         config,
         policy,
@@ -60,8 +65,11 @@ def load_parts(config: Config, model: str | None = None) -> Parts:
         axes.lookup("rewards", config.reward.name),
         axes.lookup("advantages", config.advantage.name),
         axes.lookup("credit", config.credit.name),
-        axes.module("credit", config.credit.name).TEACHERS,
+        credit.TEACHERS,
         axes.module("losses", config.loss.name).SURROGATE,
+        needs_zero_a_rows=credit.NEEDS_ZERO_A_ROWS,
+        token_advantages=getattr(credit, "token_advantages", None),
+        check_problem=getattr(credit, "check_problem", None),
     )
 
 

@@ -24,9 +24,12 @@ from cepo import checkpoint
 from cepo.config import PolicyConfig
 from cepo.errors import InputError, one_line
 from cepo_kernels import (
+    ContrastiveLogprobs,
     PolicyLoss,
     TokenLogprobs,
+    contrastive_logprobs,
     contrastive_policy_loss,
+    linear_contrastive_logprobs,
     linear_contrastive_policy_loss,
     linear_token_logprobs,
     token_logprobs,
@@ -189,12 +192,23 @@ def token_op(policy: Policy) -> Callable[..., TokenLogprobs]:
     return lambda states, labels, **options: linear_token_logprobs(states, weight, labels, lm_head_bias=bias, **options)
 
 
+def contrastive_op(policy: Policy) -> Callable[..., ContrastiveLogprobs]:
+    """`contrastive_logprobs(policy, positive, negative, labels, ...)` of what `response_states` returns."""
+    if not policy.split_head:
+        return contrastive_logprobs
+    return _with_head(policy, linear_contrastive_logprobs)
+
+
 def loss_op(policy: Policy) -> Callable[..., PolicyLoss]:
     """`contrastive_policy_loss(policy, positive, negative, labels, ...)` of what `response_states` returns."""
     if not policy.split_head:
         return partial(contrastive_policy_loss, inplace_grad=True)
+    return _with_head(policy, linear_contrastive_policy_loss)
+
+
+def _with_head(policy: Policy, op: Callable[..., Any]) -> Callable[..., Any]:
     weight, bias = _head(policy)
-    return lambda own, positive, negative, labels, *rows, **options: linear_contrastive_policy_loss(
+    return lambda own, positive, negative, labels, *rows, **options: op(
         own, positive, negative, weight, labels, *rows, lm_head_bias=bias, **options
     )
 
@@ -224,6 +238,13 @@ class Prefixes:
     cache: Any
     mask: Tensor
 
+    @property
+    def divisible(self) -> bool:
+        """Whether the cache of a prefix holds that of its beginning, unlike a sliding window or a running state."""
+        from transformers.cache_utils import DynamicLayer
+
+        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
+
 
 @torch.no_grad()
 def prefill(policy: Policy, prefixes: Sequence[Sequence[int]]) -> Prefixes:
@@ -243,16 +264,26 @@ def prefill(policy: Policy, prefixes: Sequence[Sequence[int]]) -> Prefixes:
 
 @torch.no_grad()
 def continued_states(
-    policy: Policy, prefixes: Prefixes, index: Sequence[int], responses: Sequence[Sequence[int]]
+    policy: Policy,
+    prefixes: Prefixes,
+    index: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
-    """States that predict every token of response b given prefix `index[b]`: (N, H), the prefixes not run again."""
-    ids, wanted = (
-        part.to(policy.device) for part in _pad(_shifted([prefixes.ids[k] for k in index], responses), policy.pad_id)
-    )
+    """States that predict every token of response b given prefix `index[b]`: (N, H), the prefixes not run again.
+
+    lengths: response b follows the first lengths[b] tokens of its prefix; the prefixes must be `divisible`.
+    """
+    contexts = [prefixes.ids[k] for k in index]
     rows = torch.tensor(index, device=policy.device)
+    before = prefixes.mask[rows]
+    if lengths is not None:
+        contexts = [context[:n] for context, n in zip(contexts, lengths, strict=True)]
+        before = before & (before.cumsum(1) < torch.tensor(lengths, device=policy.device)[:, None])
+    ids, wanted = (part.to(policy.device) for part in _pad(_shifted(contexts, responses), policy.pad_id))
     cache = copy.deepcopy(prefixes.cache)
     cache.batch_select_indices(rows)
-    mask = torch.cat([prefixes.mask[rows], wanted], dim=1)
+    mask = torch.cat([before, wanted], dim=1)
     positions = {name: value[:, -ids.shape[1] :] for name, value in _positions(policy, mask).items()}
     return _states(policy, wanted, ids, mask, positions, cache)
 

@@ -31,7 +31,7 @@ from cepo.credit import lam_at
 from cepo.errors import InputError
 from cepo.metrics import Clock, mean
 from cepo.parts import Parts, held_out, is_success, problems_of, score, training_problems
-from cepo.update import Batch, make_batch, update
+from cepo.update import Batch, credit_ahead, make_batch, update
 
 Record = dict[str, Any]
 
@@ -83,15 +83,19 @@ def make_optimizer(parts: Parts) -> torch.optim.Optimizer:
 
 
 def check_prompts(parts: Parts) -> None:
-    """Raise InputError if a prompt, held out or in training, or a teacher's context does not fit the model.
+    """Raise InputError if a prompt, held out or in training, or what teachers or credit add does not fit the model.
 
     Training problems are all of the task's where it can list them, else those of the first step.
     """
     config, training = parts.config, training_problems(parts)
-    rollout.encode_prompts(parts.policy, [*held_out(parts), *training], parts.max_new_tokens)
+    rollout.encode_prompts(parts.policy, held_out(parts), parts.max_new_tokens)
+    prompts = rollout.encode_prompts(parts.policy, training, parts.max_new_tokens)
     if parts.teachers and (config.credit.lam > 0 or not config.teacher.skip):
         for problem in training:
             teacher.check_context(parts.policy, config.teacher, problem, parts.max_new_tokens)
+    if parts.check_problem:
+        for problem, prompt in zip(training, prompts, strict=True):
+            parts.check_problem(parts, problem, prompt)
 
 
 def evaluate(parts: Parts) -> Record:
@@ -138,12 +142,14 @@ def train_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Rec
     for group in optimizer.param_groups:
         group["lr"] = lr
     batch = make_batch(parts, rollouts, advantages, teachers, lam)
+    batch = credit_ahead(parts, batch, rewards, [is_success(parts, r) for r in rewards], step, clock)
     tokens, updated = update(parts, optimizer, batch, clock)
     return {
         **describe(parts, batch, rewards, tokens),
         "lr": lr,
         **updated,
         **({} if teachers is None else teachers.statistics),
+        **({} if batch.ahead is None else batch.ahead.statistics),
         "tokens_per_second": sum(map(len, rollouts.responses)) / clock.total(),
         "seconds": clock.with_other(),
     }

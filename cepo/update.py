@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cepo.credit import TokenAdvantages
 from cepo.losses import token_weights
 from cepo.metrics import Clock, mean
 from cepo.parts import Parts
@@ -28,6 +30,8 @@ class Batch:
     """(B,) weight of each of a rollout's tokens in the loss."""
     teachers: Teachers | None
     lam: float
+    ahead: TokenAdvantages | None = None
+    """What a credit with token advantages of its own made before the update, for all N tokens."""
 
     def responses(self, rows: list[int]) -> list[list[int]]:
         return [self.rollouts.responses[b] for b in rows]
@@ -40,6 +44,13 @@ class Batch:
         lengths = torch.tensor([len(ids) for ids in self.responses(rows)])
         return values[rows].repeat_interleave(lengths)
 
+    def token_advantages(self, rows: list[int]) -> Tensor:
+        """Advantages of the tokens of `rows`, (N,): the rollout's, or those made before the update."""
+        if self.ahead is None:
+            return self.per_token(self.advantages, rows)
+        pieces = self.ahead.advantages.split([len(ids) for ids in self.rollouts.responses])
+        return torch.cat([pieces[b] for b in rows])
+
 
 def make_batch(parts: Parts, rollouts: Rollouts, advantages: Tensor, teachers: Teachers | None, lam: float) -> Batch:
     """Weigh the tokens as `loss.average` says. Rollouts masked from the loss still count in its denominator."""
@@ -48,6 +59,24 @@ def make_batch(parts: Parts, rollouts: Rollouts, advantages: Tensor, teachers: T
     if parts.config.rollout.mask_truncated:
         weights = weights.masked_fill(torch.tensor(rollouts.truncated), 0.0)
     return Batch(rollouts, advantages, weights, teachers, lam)
+
+
+def credit_ahead(
+    parts: Parts, batch: Batch, rewards: Sequence[float | None], success: Sequence[bool], step: int, clock: Clock
+) -> Batch:
+    """`batch` with the token advantages of a credit that makes them before the update; 0 where it needs none."""
+    if parts.token_advantages is None:
+        return batch
+    needed = (batch.advantages != 0) | parts.needs_zero_a_rows | (not parts.config.teacher.skip)
+    places = batch.per_token(needed, list(range(needed.numel())))
+    ahead = TokenAdvantages(torch.zeros(places.numel()), {}, {})
+    if needed.any():
+        with clock.phase("token_advantages"):
+            made = parts.token_advantages(parts, batch, passes_of(parts, needed), rewards, success, step)
+        ahead.advantages[places] = made.advantages
+        _scatter(ahead.tokens, made.tokens, places)
+        ahead.statistics.update(made.statistics)
+    return replace(batch, ahead=ahead)
 
 
 def update(
@@ -60,16 +89,17 @@ def update(
     after rollout, with NaN where there is none; and the update's own.
     """
     config, model = parts.config, parts.policy.model
-    active = (batch.advantages != 0) & (batch.weights > 0)
     everyone = list(range(len(batch.rollouts.responses)))
     owner = batch.per_token(torch.arange(len(everyone)), everyone)
-    tokens: dict[str, Tensor] = {}
-    for rows in _passes(parts, ~active):
+    credited = owner[batch.token_advantages(everyone) != 0]
+    active = (credited.bincount(minlength=len(everyone)) > 0) & (batch.weights > 0)
+    tokens: dict[str, Tensor] = {} if batch.ahead is None else dict(batch.ahead.tokens)
+    for rows in passes_of(parts, ~active):
         _scatter(tokens, {"entropy": entropy(parts, batch, rows, clock)}, torch.isin(owner, torch.tensor(rows)))
     # Rows with A = 0 need no gradient and no teachers: the result is the same.
-    passes = [(rows, True) for rows in _passes(parts, active)]
+    passes = [(rows, True) for rows in passes_of(parts, active)]
     if not config.teacher.skip:
-        passes += [(rows, False) for rows in _passes(parts, ~active)]
+        passes += [(rows, False) for rows in passes_of(parts, ~active)]
     behaviour: list[ContrastiveLogprobs] = []
     losses, norms, clipped, skipped = [], [], [torch.zeros(1)], 0
 
@@ -101,13 +131,15 @@ def update(
 
 
 @torch.no_grad()
-def entropy(parts: Parts, batch: Batch, rows: list[int], clock: Clock) -> Tensor | None:
-    """Of responses that teach nothing, for the record: (N,)."""
+def entropy(parts: Parts, batch: Batch, rows: list[int], clock: Clock) -> Tensor:
+    """Of the policy at every token of the responses of `rows`: (N,)."""
     with clock.phase("policy"):
         states = response_states(parts.policy, batch.prompts(rows), batch.responses(rows))
     with clock.phase("credit"), parts.policy.autocast():
-        labels = _labels(batch, rows, states.device)
-        return token_op(parts.policy)(states, labels, return_entropy=True, **_kernel_options(parts)).entropy
+        labels = labels_of(batch, rows, states.device)
+        entropy = token_op(parts.policy)(states, labels, return_entropy=True, **kernel_options(parts)).entropy
+    assert entropy is not None
+    return entropy
 
 
 def policy_loss(
@@ -119,7 +151,7 @@ def policy_loss(
     and gradient of the three.
     """
     config, policy, told = parts.config, parts.policy, NO_TEACHERS
-    if behaviour is None and batch.teachers is not None:
+    if behaviour is None and batch.ahead is None and batch.teachers is not None:
         with clock.phase("teacher"):
             told = teacher_states(policy, config.teacher, batch.teachers, parts.teachers, batch.rollouts, rows)
     with clock.phase("policy"):
@@ -131,9 +163,9 @@ def policy_loss(
             "clip_high": config.loss.clip_high,
             "token_weight": batch.per_token(batch.weights, rows).to(states.device),
             "denominator": 1.0,
-            **_kernel_options(parts),
+            **kernel_options(parts),
         }
-        labels = _labels(batch, rows, states.device)
+        labels = labels_of(batch, rows, states.device)
         if behaviour is not None:
             assert behaviour.advantages is not None
             return loss_op(policy)(states, None, None, labels, behaviour.advantages, behaviour.logprobs, **shared)
@@ -142,7 +174,7 @@ def policy_loss(
             told.positive,
             told.negative,
             labels,
-            batch.per_token(batch.advantages, rows).to(states.device),
+            batch.token_advantages(rows).to(states.device),
             op=loss_op(policy),
             negative_mask=told.negative_mask,
             lam=batch.lam,
@@ -153,23 +185,23 @@ def policy_loss(
     return result
 
 
-def _kernel_options(parts: Parts) -> dict[str, Any]:
+def kernel_options(parts: Parts) -> dict[str, Any]:
     config = parts.config
     return {"temperature": config.rollout.temperature, "backend": config.backend, **parts.policy.logit_options}
 
 
-def _labels(batch: Batch, rows: list[int], device: torch.device) -> Tensor:
+def labels_of(batch: Batch, rows: list[int], device: torch.device) -> Tensor:
     return torch.tensor([token for ids in batch.responses(rows) for token in ids], device=device)
 
 
-def _passes(parts: Parts, chosen: Tensor) -> list[list[int]]:
+def passes_of(parts: Parts, chosen: Tensor) -> list[list[int]]:
     """The chosen rollouts, (B,) bool, in passes of whole groups, so that no prefix is needed by two of them."""
     size = (parts.config.train.prompts_per_pass or chosen.numel()) * parts.config.rollout.group_size
     groups = [rows.nonzero().flatten() + i * size for i, rows in enumerate(chosen.split(size))]
     return [rows.tolist() for rows in groups if rows.numel()]
 
 
-def _scatter(tokens: dict[str, Tensor], values: dict[str, Tensor | None], places: Tensor) -> None:
+def _scatter(tokens: dict[str, Tensor], values: Mapping[str, Tensor | None], places: Tensor) -> None:
     """Put packed values of some rollouts in their places, (N,) bool, among the tokens of all."""
     for name, value in values.items():
         if value is not None:

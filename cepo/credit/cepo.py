@@ -13,6 +13,7 @@ TEACHERS: tuple[str, ...] = ("positive", "negative")
 EPS_W = 0.5
 LAM_STEPS = 25
 SUPERVISION: tuple[str, ...] = ("answer",)
+NEEDS_ZERO_A_ROWS = False
 
 
 def cepo(

@@ -13,6 +13,7 @@ TEACHERS: tuple[str, ...] = ("positive",)
 EPS_W = 0.2
 LAM_STEPS = 50
 SUPERVISION: tuple[str, ...] = ("answer",)
+NEEDS_ZERO_A_ROWS = False
 
 
 def rlsd(

@@ -13,6 +13,7 @@ TEACHERS: tuple[str, ...] = ()
 EPS_W = 0.0
 LAM_STEPS = 0
 SUPERVISION: tuple[str, ...] = ()
+NEEDS_ZERO_A_ROWS = False
 
 
 def uniform(
