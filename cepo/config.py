@@ -158,7 +158,7 @@ class CreditConfig:
     """Which tokens earned it?
 
     Args:
-        name: cepo, rlsd or uniform.
+        name: cepo, rlsd, rredcot, uniform, or the control shuffled.
         lam: how much of the advantage the credit decides in the first step, in [0, 1].
         lam_steps: steps over which that falls to 0; 0: never; null: as published (cepo 25, rlsd 50).
         eps_w: the weight is clipped to [1 - eps_w, 1 + eps_w], in [0, 1); null: as published (cepo 0.5, rlsd 0.2).
@@ -177,6 +177,42 @@ class CreditConfig:
         self.eps_w = module.EPS_W if self.eps_w is None else self.eps_w
         _require(self.lam_steps >= 0, "credit.lam_steps", "at least 0", self.lam_steps)
         _require(0 <= self.eps_w < 1, "credit.eps_w", "a number in [0, 1)", self.eps_w)
+
+
+@dataclass
+class RredcotConfig:
+    """How credit `rredcot` splits a response and values its segments.
+
+    Args:
+        mode: return_to_go, difference or scale; only scale multiplies the advantage.
+        centre: none, or others (subtract what the group's other rollouts gained on average), in mode return_to_go.
+        separators: a segment ends after one of these; null: a newline, and the task's own.
+        keywords: or after one of these words.
+        min_entropy: of the policy at the next token, in nats, below which it does not end.
+        cue: the text that asks for the answer, {answer} filled in; scored from there on, with the end token where
+            nothing follows; null: the task's own, else "\\n<answer>{answer}</answer>".
+    """
+
+    mode: str = "return_to_go"
+    centre: str = "none"
+    separators: list[str] | None = None
+    keywords: list[str] = field(
+        default_factory=lambda: ["wait", "but", "however", "alternatively", "so", "thus", "hence", "therefore", "then",
+                                 "now", "next", "finally"])  # fmt: skip
+    min_entropy: float = 0.0
+    cue: str | None = None
+
+    def check(self) -> None:
+        _one_of("rredcot.mode", self.mode, ("return_to_go", "difference", "scale"))
+        _one_of("rredcot.centre", self.centre, ("none", "others"))
+        _require(self.centre == "none" or self.mode == "return_to_go", "rredcot.centre",
+                 f"none with rredcot.mode {self.mode}", self.centre)  # fmt: skip
+        for name in ("separators", "keywords"):
+            for text in getattr(self, name) or ():
+                _require(bool(text), f"rredcot.{name}", "texts that are not empty", text)
+        _require(0 <= self.min_entropy < float("inf"), "rredcot.min_entropy", "a number, at least 0", self.min_entropy)
+        one = self.cue is None or self.cue.count("{answer}") == 1
+        _require(one, "rredcot.cue", "a text with one {answer}", self.cue)
 
 
 @dataclass
@@ -291,6 +327,7 @@ class Config:
         reward: how good is a rollout?
         advantage: relative to its group?
         credit: which tokens earned it?
+        rredcot: how credit `rredcot` splits a response and values its segments.
         loss: how does the policy move?
         train: the optimisation.
         eval: held-out accuracy, sampled and greedy.
@@ -307,6 +344,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
+    rredcot: RredcotConfig = field(default_factory=RredcotConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -316,7 +354,9 @@ class Config:
 
     def check(self) -> Config:
         """Fill in what depends on a method's name. Raises InputError, in one line, for the first bad value."""
-        for part in (self.policy, self.rollout, self.teacher, self.reward, self.advantage, self.credit, self.loss,
-                     self.train, self.eval, self.checkpoint):  # fmt: skip
+        for part in (self.policy, self.rollout, self.teacher, self.reward, self.advantage, self.credit,
+                     self.rredcot, self.loss, self.train, self.eval, self.checkpoint):  # fmt: skip
             part.check()
+        if check := getattr(axes.module("credit", self.credit.name), "check", None):
+            check(self)
         return self

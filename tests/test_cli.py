@@ -67,6 +67,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--rollout.temperature", "0"], ["rollout.temperature", "above 0"]),
         (["train", "--rollout.prompts", "0"], ["rollout.prompts", "at least 1"]),
         (["train", "--rollout.prompts", "many"], ["rollout.prompts", "many"]),
+        (
+            ["train", "--credit.name", "rredcot", "--advantage.name", "rloo"],
+            ["advantage.name", "rredcot.mode", "'rloo'"],
+        ),
+        (["train", "--rredcot.mode", "magic"], ["rredcot.mode", "scale", "'magic'"]),
         (["train", "--credit.lam", "1.5"], ["credit.lam", "[0, 1]", "1.5"]),
         (["train", "--credit.eps_w", "1"], ["credit.eps_w", "[0, 1)", "1"]),
         (["train", "--train.lr", "-1"], ["train.lr", "above 0"]),

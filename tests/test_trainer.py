@@ -50,7 +50,7 @@ def same_bits(one: Parts, other: Parts) -> bool:
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-@pytest.mark.parametrize("name", ["cepo", "rlsd"])
+@pytest.mark.parametrize("name", ["cepo", "rlsd", "shuffled"])
 def test_skipping_the_teachers_changes_no_bit(name: str, share_prefix: bool) -> None:
     # lam_steps = 2: the third step has lambda 0, where every teacher is skipped.
     sections = {"credit": {"name": name, "lam_steps": 2}}
@@ -202,7 +202,12 @@ def test_evaluation_disturbs_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("advantage", axes.members("advantages"))
 @pytest.mark.parametrize("credit", axes.members("credit"))
 def test_any_advantage_goes_with_any_credit(advantage: str, credit: str) -> None:
-    config = small(advantage={"name": advantage}, credit={"name": credit}, rollout={"prompts": 3, "group_size": 4})
+    config = small(
+        advantage={"name": advantage},
+        credit={"name": credit},
+        rredcot={"mode": "scale"},  # the others have advantages of their own
+        rollout={"prompts": 3, "group_size": 4},
+    )
     _, records = steps(config, n=1)
     assert records[0]["gradient_norm"] > 0
 
@@ -226,10 +231,11 @@ def test_the_head_in_pieces_gives_what_token_logprobs_gives() -> None:
     torch.testing.assert_close(out.logprobs, token_logprobs(logits, labels).logprobs)
 
 
-def test_a_head_that_cannot_be_told_apart_gives_the_same_step() -> None:
+@pytest.mark.parametrize("credit", ["cepo", "rredcot", "shuffled"])
+def test_a_head_that_cannot_be_told_apart_gives_the_same_step(credit: str) -> None:
     losses = []
     for split in (True, False):
-        parts = load_parts(small())
+        parts = load_parts(small(credit={"name": credit}))
         parts = replace(parts, policy=replace(parts.policy, split_head=split))
         record = trainer.train_step(parts, trainer.make_optimizer(parts), 1)
         losses.append((record["loss"], record["gradient_norm"], record["entropy"]))

@@ -1,7 +1,7 @@
 """Credit axis: the control, CEPO's weights moved to random tokens of the same rollout.
 
-What it learns less than `cepo`, knowing where the credit belongs is worth; what it learns more than `uniform`, the
-weights' spread is.
+It keeps the weights and loses their tokens: what `cepo` learns beyond it comes of knowing the right tokens, what it
+learns beyond `uniform`, of weights that differ at all.
 """
 
 from __future__ import annotations
