@@ -78,7 +78,9 @@ def _divergence(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, T
 
 
 def _divergence_in_place(student: Tensor, teacher: Tensor, *arguments: Any) -> Tensor:
-    return _run(student, teacher, arguments, student)
+    values = _run(student, teacher, arguments, student)
+    torch.autograd.graph.increment_version(student)
+    return values
 
 
 def _fake(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

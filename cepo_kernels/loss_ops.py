@@ -87,7 +87,9 @@ def _policy_loss(policy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _policy_loss_in_place(policy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _run(policy, rest, True, True)
+    output = _run(policy, rest, True, True)
+    torch.autograd.graph.increment_version(policy)
+    return output
 
 
 def _fake(policy: Tensor, positive: Tensor | None, negative: Tensor | None, labels: Tensor, advantages: Tensor,

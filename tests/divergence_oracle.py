@@ -54,22 +54,26 @@ def row(
         kept = np.ones(terms.shape, bool) if clip is None else terms <= clip
         value = np.where(kept, terms, clip if clip is not None else 0).sum()
         # What is cut off leaves no cancellation behind it: probabilities of that size are what the errors are of.
-        size = value + np.where(kept, 0, p + q).sum() + 2e-6 * (clip is not None)
+        size = abs(value) + np.where(kept, 0, p + q).sum() + 2e-6 * (clip is not None)
+        # A log-ratio is known to within the rounding of the others, whose mean it is measured from.
+        gaps = np.where((p > 0) & (q > 0), abs(log_p - log_q), 0)
+        usual = min(1.0, float(((p + q) * gaps).sum()))
         if kind == "forward_kl":
             lost = np.where(kept, 0, p).sum()
             gradient = q * (1 - lost) - np.where(kept, p, 0)
-            magnitude = np.where(kept, abs(q - p), q) + q * lost
+            magnitude = np.where(kept, abs(q - p), q) + q * (lost + usual)
         elif kind == "reverse_kl":
             ratio = np.where(q > 0, log_q - log_p, 0)
             level = np.where(kept, terms, 0).sum() - np.where(kept, 0, q).sum()
             gradient = q * np.where(kept, ratio - level, -1 - level)
-            magnitude = q * (np.where(kept, abs(ratio), 1) + abs(level))
+            magnitude = q * (np.where(kept, abs(ratio), 1) + abs(level) + usual)
             if not np.isfinite(level):
                 gradient = magnitude = np.full(q.shape, np.nan)
         else:
             share = np.where(kept & (q > 0), log_q - log_m, 0)
             mean = (q * share).sum()
-            gradient, magnitude = (1 - beta) * q * (share - mean), (1 - beta) * q * (abs(share) + abs(mean))
+            gradient = (1 - beta) * q * (share - mean)
+            magnitude = (1 - beta) * q * (abs(share) + abs(mean) + usual)
     return value, size, gradient, magnitude
 
 
