@@ -2,6 +2,7 @@
 
 from .contrastive import ContrastiveLogprobs, contrastive_logprobs
 from .credit import contrastive_credit
+from .divergence import divergence
 from .head import LogprobHead, restore_head, use_logprob_head
 from .linear import linear_contrastive_logprobs, linear_contrastive_policy_loss, linear_token_logprobs
 from .policy_loss import PolicyLoss, contrastive_policy_loss
@@ -20,6 +21,7 @@ __all__ = [
     "contrastive_credit",
     "contrastive_logprobs",
     "contrastive_policy_loss",
+    "divergence",
     "linear_contrastive_logprobs",
     "linear_contrastive_policy_loss",
     "linear_token_logprobs",

@@ -10,19 +10,34 @@ LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 def check_logits(name: str, logits: Tensor, labels: Tensor) -> None:
     """``logits`` must be (*labels.shape, V) of a floating dtype with a contiguous last dimension."""
+    _check_layout(name, logits)
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"{name}: expected leading shape {tuple(labels.shape)} as labels have, got {tuple(logits.shape)}"
+        )
+    _same_device(name, logits, labels)
+
+
+def check_pair(student: Tensor, teacher: Tensor) -> None:
+    """Logits of two models for the same rows and columns; their dtypes may differ."""
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        _check_layout(name, logits)
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher_logits: expected shape {tuple(student.shape)} as student_logits have, got {tuple(teacher.shape)}"
+        )
+    _same_device("teacher_logits", teacher, student, "student_logits")
+
+
+def _check_layout(name: str, logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(logits).__name__}")
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {logits.dtype}")
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{name}: expected shape (..., V) with V >= 1, got {tuple(logits.shape)}")
-    if logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"{name}: expected leading shape {tuple(labels.shape)} as labels have, got {tuple(logits.shape)}"
-        )
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(f"{name}: expected a contiguous last dimension, got strides {logits.stride()}")
-    _same_device(name, logits, labels)
 
 
 def check_teacher(name: str, teacher: Tensor | None, policy: Tensor, labels: Tensor) -> None:
@@ -151,6 +166,13 @@ def check_values(
 ) -> None:
     """Values that live on the CPU; reading those of an accelerator would stall its queue."""
     check_credit_values(lam, eps_w)
+    check_option_values(labels, ignore_index, temperature, logit_scale, logit_softcap)
+
+
+def check_option_values(
+    rows: Tensor, idle: int, temperature: Tensor, logit_scale: Tensor, logit_softcap: Tensor | None
+) -> None:
+    """The same for the options; a temperature counts where ``rows`` do not hold ``idle``."""
     _within("logit_scale", logit_scale, "a positive finite number (1e-30 to 1e30)", lambda v: 1e-30 <= v <= 1e30)
     if logit_softcap is not None:
         _within(
@@ -159,10 +181,9 @@ def check_values(
     if temperature.ndim == 0:
         _within("temperature", temperature, "a positive finite number (1e-30 to 1e30)", lambda v: 1e-30 <= v <= 1e30)
     elif temperature.device.type == "cpu":
-        scored = (labels != ignore_index).expand(labels.shape)
-        wrong = scored & ~((temperature >= 1e-30) & (temperature <= 1e30))
+        wrong = (rows != idle) & ~((temperature >= 1e-30) & (temperature <= 1e30))
         if wrong.any():
-            got = float(temperature.expand(labels.shape)[wrong][0])
+            got = float(temperature.expand(wrong.shape)[wrong][0])
             raise ValueError(f"temperature: expected a positive finite number for every scored row, got {got}")
 
 
@@ -189,24 +210,41 @@ def check_loss_values(
     _within("denominator", denominator, "a positive finite number", lambda v: 0 < v < float("inf"))
 
 
-def check_in_place(policy: Tensor, teachers: dict[str, Tensor | None]) -> None:
+def check_divergence(kind: str, top_k: int | None) -> None:
+    known = ("forward_kl", "reverse_kl", "jsd")
+    if kind not in known:
+        raise ValueError(f"kind: expected one of {', '.join(known)}; got {kind!r}")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, (int, torch.SymInt))):
+        raise TypeError(f"top_k: expected an int or None, got {type(top_k).__name__}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: expected at least 1, got {top_k}")
+
+
+def check_divergence_values(beta: float, clip: float | None) -> None:
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
+    if clip is not None and not 0 <= clip < float("inf"):
+        raise ValueError(f"clip: expected a finite number of at least 0, or None; got {clip}")
+
+
+def check_in_place(policy: Tensor, teachers: dict[str, Tensor | None], whose: str = "policy_logits") -> None:
     """The gradient may be written over ``policy`` only if nobody else needs those bytes."""
     base = policy._base if policy._is_view() else None
     if policy.is_leaf or (base is not None and base.is_leaf):
-        whose = "a leaf tensor" if base is None else "a view of a leaf tensor"
-        raise ValueError(f"inplace_grad: policy_logits is {whose}, whose values the gradient would overwrite")
+        what = "a leaf tensor" if base is None else "a view of a leaf tensor"
+        raise ValueError(f"inplace_grad: {whose} is {what}, whose values the gradient would overwrite")
     reach = 0  # of the dimensions within
     for size, stride in sorted(zip(policy.shape, policy.stride(), strict=True), key=lambda pair: pair[1]):
         if size > 1:
             if stride <= reach:
-                raise ValueError("inplace_grad: policy_logits is an expanded tensor, whose rows share memory")
+                raise ValueError(f"inplace_grad: {whose} is an expanded tensor, whose rows share memory")
             reach += (size - 1) * stride
     first, last = _extent(policy)
     for name, teacher in teachers.items():
         if teacher is not None:
             start, end = _extent(teacher)
             if start < last and first < end:
-                raise ValueError(f"inplace_grad: policy_logits shares memory with {name}")
+                raise ValueError(f"inplace_grad: {whose} shares memory with {name}")
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
@@ -223,6 +261,6 @@ def _within(name: str, value: Tensor, expected: str, holds: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {number}")
 
 
-def _same_device(name: str, tensor: Tensor, labels: Tensor) -> None:
-    if tensor.device != labels.device:
-        raise ValueError(f"{name}: expected device {labels.device} as labels have, got {tensor.device}")
+def _same_device(name: str, tensor: Tensor, other: Tensor, others: str = "labels") -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} as {others} have, got {tensor.device}")

@@ -87,7 +87,9 @@ def _policy_loss(policy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _policy_loss_in_place(policy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _run(policy, rest, True, True)
+    output = _run(policy, rest, True, True)
+    torch.autograd.graph.increment_version(policy)
+    return output
 
 
 def _fake(policy: Tensor, positive: Tensor | None, negative: Tensor | None, labels: Tensor, advantages: Tensor,
@@ -97,7 +99,7 @@ def _fake(policy: Tensor, positive: Tensor | None, negative: Tensor | None, labe
     return returned(outputs.losses.new_empty(()), outputs, policy)
 
 
-def _rescaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
+def rescaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     """The gradient times what came from above, in place; nothing is done at 1, and no device is waited for."""
     if upstream.device.type == "cpu":
         if (factor := float(upstream)) != 1.0:
@@ -137,7 +139,7 @@ class Fused(torch.autograd.Function):
         if ctx.gradient is None:
             raise RuntimeError("contrastive_policy_loss: the first backward took the gradient; compute the loss again")
         gradient, ctx.gradient = ctx.gradient, None
-        return None if upstream is None else _rescaled(gradient, upstream, ctx.backend), *(None,) * 23
+        return None if upstream is None else rescaled(gradient, upstream, ctx.backend), *(None,) * 23
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -62,9 +62,9 @@ def row_terms(x: Tensor, labels: Tensor) -> Rows:
     origin = torch.where(top == -torch.inf, 0.0, top)
     shifted = others - origin.unsqueeze(1)
     exponentials = shifted.exp()
-    total = _row_sum(exponentials)
+    total = row_sum(exponentials)
     # The largest of the others counts 1: left out too, so that the entropy of a peaked row keeps its digits.
-    rest = _row_sum(exponentials.scatter(1, others.argmax(1, keepdim=True), 0.0))
+    rest = row_sum(exponentials.scatter(1, others.argmax(1, keepdim=True), 0.0))
     log_total = torch.where(total > 0, rest.log1p(), total.log())
     log_odds = torch.where(label_x == torch.inf, torch.nan, log_total + (origin - label_x))
 
@@ -74,7 +74,7 @@ def row_terms(x: Tensor, labels: Tensor) -> Rows:
     log_others = torch.where(shifted == -torch.inf, -torch.inf, log_others)
     shares = torch.where(shifted == -torch.inf, 0.0, exponentials / total.unsqueeze(1))
     probabilities = complement.unsqueeze(1) * shares  # all NaN where the row has no distribution
-    mean_shift = _row_sum(torch.where(exponentials == 0, 0.0, shifted * exponentials)) / total
+    mean_shift = row_sum(torch.where(exponentials == 0, 0.0, shifted * exponentials)) / total
     spread = torch.where(total == 0, 0.0, log_total - mean_shift)
     entropy = complement * spread - _product(logprobs.exp(), logprobs) - _product(complement, log_complement)
     return Rows(logprobs, complement, entropy, log_others, probabilities)
@@ -164,7 +164,7 @@ def _product(probability: Tensor, factor: Tensor) -> Tensor:
     return torch.where(probability == 0, 0.0, probability * factor)
 
 
-def _row_sum(x: Tensor) -> Tensor:
+def row_sum(x: Tensor) -> Tensor:
     """Sums (N,) of rows (N, V), in runs of 256 first: torch deals one long sum out to its threads, and bits with it."""
     padded = F.pad(x, (0, -x.shape[1] % 256))
     return padded.reshape(padded.shape[0], padded.shape[1] // 256, 256).sum(2).sum(1)

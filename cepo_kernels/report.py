@@ -13,6 +13,7 @@ OPS = (
     "token_logprobs",
     "contrastive_logprobs",
     "contrastive_policy_loss",
+    "divergence",
     "linear_token_logprobs",
     "linear_contrastive_logprobs",
     "linear_contrastive_policy_loss",
@@ -45,15 +46,22 @@ def backend_report() -> BackendReport:
     float64 logits always take the reference backend, and `contrastive_credit` is plain PyTorch everywhere.
     """
     reasons: dict[str, dict[str, str | None]] = {}
-    picked: dict[str, str] = {}
+    chosen: dict[str, dict[str, str]] = {op: {} for op in OPS}
     for device in ("cuda", "cpu"):
         candidates = backends.preference(device, torch.bfloat16)
         reasons[device] = {name: backends.unavailable(name, device) for name in candidates}
         if device == "cuda" and not torch.cuda.is_available():
             reasons[device] = dict.fromkeys(candidates, "torch sees no CUDA or ROCm device")
-        picked[device] = next((name for name, reason in reasons[device].items() if reason is None), "none")
+        for op in OPS:
+            function = "divergence" if op.endswith("divergence") else "forward"
+            able = (
+                name
+                for name, reason in reasons[device].items()
+                if reason is None and backends.unavailable(name, device, function) is None
+            )
+            chosen[op][device] = next(able, "none")
     extensions = {name: _state(name) for name in ("cepo_kernels._cpu", "cepo_kernels._cuda")}
-    return BackendReport({op: dict(picked) for op in OPS}, reasons, extensions)
+    return BackendReport(chosen, reasons, extensions)
 
 
 def _state(name: str) -> str:

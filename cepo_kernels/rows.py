@@ -86,6 +86,26 @@ class LossOutputs(NamedTuple):
     gradient: Tensor | None  # (O, I, V) of the policy's dtype, divided by the denominator; None: none wanted
 
 
+class DivergenceInputs(NamedTuple):
+    """Inputs of a backend's divergence over N = O * I rows; what stands in ``options.ignore_index`` means nothing."""
+
+    student: Tensor  # (O, I, V), last stride 1, any other strides
+    teacher: Tensor
+    weight: Tensor | None  # (N,) output dtype: a factor of the row's value and gradient; 0: the row is not read
+    kind: str  # "forward_kl", "reverse_kl" or "jsd"
+    beta: float  # the teacher's share of a jsd's mixture, within (0, 1)
+    clip: float | None  # from above, of an entry's term
+    top_k: int | None  # below V - 1; None: every column is an entry
+    options: RowOptions
+
+
+class DivergenceOutputs(NamedTuple):
+    """What a backend's divergence fills, weights included."""
+
+    values: Tensor  # (N,), float32 (float64 for float64 logits)
+    gradient: Tensor | None  # (O, I, V) in the student's logits and dtype, possibly their memory; None: none wanted
+
+
 @overload
 def row_values(value: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor: ...
 @overload

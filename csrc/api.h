@@ -59,11 +59,25 @@ struct PolicyLoss {
     bool* clipped = nullptr;
 };
 
+// Divergences of rows, and where `gradient` is there their derivatives in the student's logits, which may be the
+// student's memory. A row whose weight is 0 is not read and gets zeros.
+struct Divergence {
+    Logits student, teacher, gradient;  // gradient of the student's dtype
+    int64_t inner = 1, vocabulary = 0;
+    const float* weight = nullptr;  // (N,) or null
+    int kind = 0;                   // forward KL, reverse KL, jsd
+    double beta = 0.5, clip = 0.0;  // clip infinite: none
+    int64_t top_k = 0;              // 0: every column is an entry
+    Options options;
+    float* values = nullptr;  // (N,)
+};
+
 // One instruction set's kernels, over rows [begin, end).
 struct Kernels {
     void (*forward)(const Forward&, int64_t begin, int64_t end);
     void (*backward)(const Backward&, int64_t begin, int64_t end);
     void (*policy_loss)(const PolicyLoss&, int64_t begin, int64_t end);
+    void (*divergence)(const Divergence&, int64_t begin, int64_t end);
     float (*sum)(const float* data, int64_t size);  // a plain read, for benchmarks
 };
 

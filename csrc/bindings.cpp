@@ -101,6 +101,15 @@ void backward(const std::string& isa, int threads, int64_t rows, int64_t inner, 
     over_rows(rows, vocabulary, threads, [&](int64_t begin, int64_t end) { chosen.backward(w, begin, end); });
 }
 
+void divergence(const std::string& isa, int threads, int64_t rows, int64_t inner, int64_t vocabulary,
+                const py::tuple& call, int64_t fresh_bytes) {
+    const cepo::Divergence d = cepo::divergence_of(inner, vocabulary, call);
+    const cepo::Kernels chosen = kernels(isa);
+    py::gil_scoped_release release;
+    if (fresh_bytes > 0) advise_huge_pages(d.gradient.data, fresh_bytes);
+    over_rows(rows, vocabulary, threads, [&](int64_t begin, int64_t end) { chosen.divergence(d, begin, end); });
+}
+
 // Sum of float32 values read by all threads: the speed of a plain read, which benchmarks measure against.
 double plain_read(const std::string& isa, int threads, uintptr_t data, int64_t size) {
     const cepo::Kernels chosen = kernels(isa);
@@ -123,6 +132,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("forward", &forward);
     m.def("backward", &backward);
     m.def("policy_loss", &policy_loss);
+    m.def("divergence", &divergence);
     m.def("plain_read", &plain_read);
 #ifdef _OPENMP
     m.attr("openmp") = true;

@@ -146,5 +146,79 @@ CEPO_HD Slopes slopes(double g, double h, double logprob, double complement, dou
     return out;
 }
 
+// Divergences between a student's row and a teacher's, p the teacher's and q the student's probabilities, entry by
+// entry.
+enum class Kind : int { kForward = 0, kReverse = 1, kJsd = 2 };  // KL(p || q), KL(q || p), the jsd around their mixture
+
+struct DivergenceOptions {
+    Kind kind;
+    double beta;  // the teacher's share of the mixture, within (0, 1)
+    double clip;  // of an entry's term from above; infinite: none
+};
+
+struct Entry {
+    double value;       // what the entry adds; over all entries of a KL, p - q is nothing, and keeps the sum positive
+    double difference;  // p - q
+    double q;
+    double ratio;  // a KL: log of its first over its second; jsd: log(q / m), and 0 where clipped
+    double cut;    // probability, of a KL's first, that was clipped
+    bool clipped;
+};
+
+CEPO_HD double phi(double z) { return z <= -1.0 ? 1.0 : (1.0 + z) * log1p(z) - z; }
+
+CEPO_HD Entry divergence_entry(double log_p, double log_q, const DivergenceOptions& o) {
+    const double p = exp(log_p), q = exp(log_q);
+    if (p == 0.0 && q == 0.0) return {0.0, 0.0, 0.0, 0.0, 0.0, false};
+    const double r = log_p - log_q;
+    const bool near = fabs(r) < 1.0;
+    Entry e{0.0, near ? -p * expm1(-r) : p - q, q, 0.0, 0.0, false};
+    if (o.kind == Kind::kJsd) {
+        const double m = o.beta * p + (1.0 - o.beta) * q, z = m == 0.0 ? 0.0 : e.difference / m;
+        const double of_p = fmax(-1.0, (1.0 - o.beta) * z), of_q = fmax(-1.0, -o.beta * z);
+        e.value = m * (o.beta * phi(of_p) + (1.0 - o.beta) * phi(of_q));
+        e.clipped = e.value > o.clip;
+        if (e.clipped) e.value = o.clip;
+        if (!e.clipped && q > 0.0) e.ratio = near ? log1p(of_q) : log_q - log(m);
+        return e;
+    }
+    const bool forward = o.kind == Kind::kForward;
+    const double one = forward ? p : q, gap = forward ? e.difference : -e.difference;
+    e.ratio = forward ? r : -r;
+    const double plain = times(one, e.ratio);
+    e.clipped = plain > o.clip;
+    e.cut = e.clipped ? one : 0.0;
+    e.value = e.clipped ? o.clip - gap : near ? one * (expm1(-e.ratio) + e.ratio) : plain - gap;
+    return e;
+}
+
+// Sums over the entries.
+struct DivergenceSums {
+    double value = 0.0;
+    double cut = 0.0, clipped = 0.0;  // probability of, and number of clipped entries
+    double mean = 0.0;                // jsd: sum of q log(q / m)
+};
+CEPO_HD void add(DivergenceSums& sums, const Entry& e) {
+    sums.value += e.value;
+    sums.cut += e.cut;
+    sums.clipped += e.clipped;
+    sums.mean += times(e.q, e.ratio);
+}
+
+// The constant of the gradient in q: what a KL's entries lost to the clip, or the mean that makes a gradient sum to 0.
+CEPO_HD double divergence_level(const DivergenceSums& sums, const DivergenceOptions& o) {
+    if (o.kind == Kind::kForward) return sums.cut;
+    if (o.kind == Kind::kJsd) return sums.mean;
+    const double level = sums.value - (sums.clipped > 0.0 ? sums.clipped * o.clip : 0.0) - sums.cut;
+    return fabs(level) < INFINITY ? level : NAN;
+}
+
+// The derivative of the sum in the student's logit of this entry.
+CEPO_HD double divergence_slope(const Entry& e, double level, const DivergenceOptions& o) {
+    if (o.kind == Kind::kForward) return (e.clipped ? e.q : -e.difference) - e.q * level;
+    if (o.kind == Kind::kJsd) return (1.0 - o.beta) * (times(e.q, e.ratio) - e.q * level);
+    return e.q == 0.0 && level == level ? 0.0 : e.q * ((e.clipped ? -1.0 : e.ratio) - level);
+}
+
 }  // namespace CEPO_ISA
 }  // namespace cepo

@@ -72,4 +72,18 @@ inline Backward backward_of(int64_t inner, int64_t vocabulary, const py::tuple& 
     return w;
 }
 
+// (student, teacher, gradient, weight, kind, beta, clip, top_k, options, values), addresses for tensors.
+inline Divergence divergence_of(int64_t inner, int64_t vocabulary, const py::tuple& t) {
+    Divergence d;
+    d.student = logits(t[0]), d.teacher = logits(t[1]), d.gradient = logits(t[2]);
+    d.inner = inner, d.vocabulary = vocabulary;
+    d.weight = at<const float>(t[3].cast<uintptr_t>());
+    d.kind = t[4].cast<int>();
+    d.beta = t[5].cast<double>(), d.clip = t[6].cast<double>();
+    d.top_k = t[7].cast<int64_t>();
+    d.options = options(t[8]);
+    d.values = at<float>(t[9].cast<uintptr_t>());
+    return d;
+}
+
 }  // namespace cepo

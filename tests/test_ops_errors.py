@@ -174,7 +174,9 @@ class TestBackends:
 
     def test_the_report_names_a_choice_and_a_reason_for_every_op_and_device(self):
         report = cepo_kernels.backend_report()
-        assert set(report.chosen) == {name for name in cepo_kernels.__all__ if name.endswith(("_logprobs", "_loss"))}
+        assert set(report.chosen) == {
+            name for name in cepo_kernels.__all__ if name.endswith(("_logprobs", "_loss", "divergence"))
+        }
         for choices in report.chosen.values():
             for device, name in choices.items():
                 assert name == "none" or report.reasons[device][name] is None

@@ -1,8 +1,8 @@
 """One module per backend, and the choice between them.
 
 A backend module has four functions: ``unavailable(device_type) -> str | None`` (None, or why it cannot run there),
-``forward(ForwardInputs, ForwardOutputs)``, ``backward(BackwardInputs)`` and ``policy_loss(LossInputs, LossOutputs)``.
-It never checks arguments: the op did.
+``forward(ForwardInputs, ForwardOutputs)``, ``backward(BackwardInputs)`` and ``policy_loss(LossInputs, LossOutputs)``;
+it may have ``divergence(DivergenceInputs, DivergenceOutputs)``. It never checks arguments: the op did.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from typing import Protocol, cast
 
 import torch
 
-from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs
+from ..rows import (
+    BackwardInputs,
+    DivergenceInputs,
+    DivergenceOutputs,
+    ForwardInputs,
+    ForwardOutputs,
+    LossInputs,
+    LossOutputs,
+)
 
 logger = logging.getLogger("cepo_kernels")
 
@@ -26,12 +34,13 @@ _PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "referenc
 
 
 class Backend(Protocol):
-    """The four functions of a backend module."""
+    """The functions of a backend module."""
 
     unavailable: Callable[[str], str | None]
     forward: Callable[[ForwardInputs, ForwardOutputs], None]
     backward: Callable[[BackwardInputs], None]
     policy_loss: Callable[[LossInputs, LossOutputs], None]
+    divergence: Callable[[DivergenceInputs, DivergenceOutputs], None]
 
 
 @cache
@@ -43,14 +52,15 @@ def load(name: str) -> Backend:
 
 
 @cache
-def unavailable(name: str, device_type: str) -> str | None:
-    """None when the backend runs on tensors of this device type here, else the reason in one line."""
-    return load(name).unavailable(device_type)
+def unavailable(name: str, device_type: str, function: str = "forward") -> str | None:
+    """None when the backend's ``function`` runs on tensors of this device type here, else the reason in one line."""
+    backend = load(name)
+    return backend.unavailable(device_type) or (None if hasattr(backend, function) else f"it has no {function} yet")
 
 
 @cache
-def choose(name: str, device_type: str, dtype: torch.dtype) -> Backend:
-    """The backend for a call: ``name``, or for "auto" the fastest that can run, which is logged once.
+def choose(name: str, device_type: str, dtype: torch.dtype, function: str = "forward") -> Backend:
+    """The backend for a call of ``function``: ``name``, or for "auto" the fastest that can run, which is logged once.
 
     Raises:
         ValueError: the name is unknown, or float64 logits were given to a backend other than ``reference``.
@@ -58,7 +68,7 @@ def choose(name: str, device_type: str, dtype: torch.dtype) -> Backend:
     """
     if name == "auto":
         for candidate in preference(device_type, dtype):
-            if unavailable(candidate, device_type) is None:
+            if unavailable(candidate, device_type, function) is None:
                 logger.info("cepo_kernels uses the %s backend for %s tensors on %s", candidate, dtype, device_type)
                 if (device_type, candidate) == ("cpu", "reference") and dtype != torch.float64:
                     logger.warning("cepo_kernels runs on plain PyTorch, slowly: %s", unavailable("cpu", "cpu"))
@@ -67,7 +77,7 @@ def choose(name: str, device_type: str, dtype: torch.dtype) -> Backend:
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(NAMES)}; got {name!r}")
     if dtype == torch.float64 and name != "reference":
         raise ValueError(f"backend: float64 logits need backend='reference' or 'auto'; got {name!r}")
-    reason = unavailable(name, device_type)
+    reason = unavailable(name, device_type, function)
     if reason is not None:
         raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
     return load(name)

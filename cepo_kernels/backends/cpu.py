@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from ..checks import check_label_range
-from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs
+from ..rows import (
+    BackwardInputs,
+    DivergenceInputs,
+    DivergenceOutputs,
+    ForwardInputs,
+    ForwardOutputs,
+    LossInputs,
+    LossOutputs,
+)
 from . import native
 
 _cpu: ModuleType | None
@@ -57,7 +65,6 @@ class Variant:
         assert _cpu is not None
         row_temperature, call = native.call(inputs.forward, outputs.forward)
         policy, gradient = inputs.forward.policy, outputs.gradient
-        fresh = gradient is not None and gradient.data_ptr() != policy.data_ptr() and gradient.is_contiguous()
         labels_are_good = _cpu.policy_loss(
             self.isa,
             torch.get_num_threads(),
@@ -71,7 +78,7 @@ class Variant:
                 native.address(inputs.ref_logprobs),
             ),
             (outputs.losses.data_ptr(), outputs.ratio.data_ptr(), outputs.clipped.data_ptr()),
-            gradient.nbytes if fresh and gradient is not None else 0,
+            native.fresh_bytes(gradient, policy),
         )
         del row_temperature
         if not labels_are_good:
@@ -80,14 +87,20 @@ class Variant:
     def backward(self, inputs: BackwardInputs) -> None:
         assert _cpu is not None
         row_temperature, options = native.options(inputs.options)
-        fresh = inputs.gradient.data_ptr() != inputs.policy.data_ptr() and inputs.gradient.is_contiguous()
         _cpu.backward(
             self.isa,
             torch.get_num_threads(),
             *native.shape(inputs.policy),
             *native.backward_call(inputs, options),
-            inputs.gradient.nbytes if fresh else 0,
+            native.fresh_bytes(inputs.gradient, inputs.policy),
         )
+        del row_temperature
+
+    def divergence(self, inputs: DivergenceInputs, outputs: DivergenceOutputs) -> None:
+        assert _cpu is not None
+        row_temperature, call = native.divergence_call(inputs, outputs)
+        fresh = native.fresh_bytes(outputs.gradient, inputs.student)
+        _cpu.divergence(self.isa, torch.get_num_threads(), *native.shape(inputs.student), call, fresh)
         del row_temperature
 
 
@@ -101,4 +114,4 @@ def plain_read(data: Tensor, isa: str = "avx2") -> float:
 
 _best = Variant()
 unavailable, forward, backward = _best.unavailable, _best.forward, _best.backward
-policy_loss = _best.policy_loss
+policy_loss, divergence = _best.policy_loss, _best.divergence

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, RowOptions
+from ..rows import (
+    BackwardInputs,
+    DivergenceInputs,
+    DivergenceOutputs,
+    ForwardInputs,
+    ForwardOutputs,
+    RowOptions,
+)
 
+KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ABSENT = (0, 0, 0, 0)
+
+
+def fresh_bytes(gradient: Tensor | None, logits: Tensor) -> int:
+    """Bytes of a gradient that has memory of its own, in one piece."""
+    fresh = gradient is not None and gradient.data_ptr() != logits.data_ptr() and gradient.is_contiguous()
+    return gradient.nbytes if fresh and gradient is not None else 0
 
 
 def shape(logits: Tensor) -> tuple[int, int, int]:
@@ -47,6 +62,23 @@ def backward_call(inputs: BackwardInputs, numbers: tuple[Any, ...]) -> tuple[Any
         address(inputs.entropy),
         inputs.stats.data_ptr(),
         numbers,
+    )
+
+
+def divergence_call(inputs: DivergenceInputs, outputs: DivergenceOutputs) -> tuple[Tensor | None, tuple[Any, ...]]:
+    """The tensor that must outlive the call, and a divergence's tensors and options as the kernel reads them."""
+    row_temperature, numbers = options(inputs.options)
+    return row_temperature, (
+        logits(inputs.student),
+        logits(inputs.teacher),
+        logits(outputs.gradient),
+        address(inputs.weight),
+        KINDS[inputs.kind],
+        inputs.beta,
+        math.inf if inputs.clip is None else inputs.clip,
+        inputs.top_k or 0,
+        numbers,
+        outputs.values.data_ptr(),
     )
 
 

@@ -7,9 +7,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import divergence_reference, reference
 from ..checks import check_label_range
-from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions
+from ..rows import (
+    BackwardInputs,
+    DivergenceInputs,
+    DivergenceOutputs,
+    ForwardInputs,
+    ForwardOutputs,
+    LossInputs,
+    LossOutputs,
+    RowOptions,
+)
 
 _ELEMENTS = 1 << 22  # per chunk; several float64 temporaries of this size are alive at once
 
@@ -110,6 +119,33 @@ def policy_loss(inputs: LossInputs, outputs: LossOutputs) -> None:
                 outputs.gradient, given.policy, labels, *slopes, made.logprobs, made.entropy, made.stats, given.options
             )
         )
+
+
+def divergence(inputs: DivergenceInputs, outputs: DivergenceOutputs) -> None:
+    outer, inner, vocabulary = inputs.student.shape
+    rows = torch.arange(outer * inner, device=inputs.student.device)
+    outputs.values.zero_()
+    if inputs.weight is not None:
+        idle = (inputs.weight == 0).nonzero().squeeze(1)
+        if outputs.gradient is not None:
+            for skipped in _chunks(idle, vocabulary):
+                outputs.gradient[skipped // inner, skipped % inner] = 0
+        rows = inputs.weight.nonzero().squeeze(1)
+    how = (inputs.kind, inputs.beta, inputs.clip)
+    for some in _chunks(rows, vocabulary):
+        index = (some // inner, some % inner)
+        raw = inputs.student[index]
+        student, slope = _transform(raw, some, inputs.options)
+        teacher, _ = _transform(inputs.teacher[index], some, inputs.options)
+        if inputs.top_k is None:
+            found = divergence_reference.divergence(student, teacher, *how)
+        else:
+            found = divergence_reference.top_k_divergence(student, teacher, raw, *how, inputs.top_k)
+        weight = torch.ones_like(found.values) if inputs.weight is None else inputs.weight[some].double()
+        outputs.values[some] = (weight * found.values).to(outputs.values.dtype)
+        if outputs.gradient is not None:
+            gradient = weight.unsqueeze(1) * found.gradient * slope
+            outputs.gradient[index] = gradient.to(outputs.gradient.dtype)
 
 
 def _terms(logits: Tensor, rows: Tensor, labels: Tensor, options: RowOptions) -> reference.Rows:

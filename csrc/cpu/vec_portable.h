@@ -41,6 +41,11 @@ inline Vec min(Vec a, Vec b) { return chosen(a < b, a, b); }
 inline Vec exponent_from_low_bits(Vec a) { return (Vec)((Bits)a << 23); }
 // x where a < b, else y; false for NaN.
 inline Vec where_less(Vec a, Vec b, Vec x, Vec y) { return chosen(a < b, x, y); }
+inline Vec load(const float* x) {
+    Vec a;
+    memcpy(&a, x, sizeof a);
+    return a;
+}
 inline void store(float* out, Vec a) { memcpy(out, &a, sizeof a); }
 
 inline void load2(const float* x, Vec& a, Vec& b) {

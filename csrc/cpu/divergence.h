@@ -1,0 +1,452 @@
+// Divergences between two rows: a sweep for the normalisers, one for the sum, one for the gradient; the later ones find
+// the rows in the cache. Blocks become float32 first, so that the arithmetic is written once for all dtypes.
+#pragma once
+
+#include <stdlib.h>
+
+#include <algorithm>
+
+#include "divergence_columns.h"
+
+namespace cepo {
+namespace CEPO_ISA {
+
+// What a thread allocates for itself. Not std::vector<double>, whose code the linker would share among instruction
+// sets.
+template <class T>
+struct Scratch {
+    T* const data;
+    explicit Scratch(int64_t n) : data(static_cast<T*>(malloc(n * sizeof(T)))) {
+        if (!data) abort();
+    }
+    ~Scratch() { free(data); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    T& operator[](int64_t i) const { return data[i]; }
+};
+
+// The rows, block by block.
+struct Block {
+    float student[kBlock], teacher[kBlock], student_capped[kBlock], teacher_capped[kBlock];
+    const float *student_y, *teacher_y;
+};
+static_assert(sizeof(Block) <= 64 * 1024, "what a thread keeps besides the outputs");
+
+// n columns as float32, -inf up to a multiple of kStep; where the order is free, as load2 has it.
+template <class T>
+int64_t to_floats(const T* x, int64_t n, float* out, bool in_order) {
+    const int64_t full = (n + kStep - 1) / kStep * kStep;
+    if (in_order && kSplitsBFloat16 && sizeof(T) == sizeof(BFloat16)) {
+        for (int64_t j = 0; j < n; ++j) out[j] = widened(x[j]);
+        for (int64_t j = n; j < full; ++j) out[j] = -INFINITY;
+        return full;
+    }
+    for (int64_t j = 0; j < full; j += 2 * kWidth) {
+        Vec a, b;
+        if (j + 2 * kWidth <= n) {
+            load2(x + j, a, b);
+        } else {
+            T rest[2 * kWidth];
+            for (int64_t i = 0; i < 2 * kWidth; ++i)
+                if (j + i < n) {
+                    rest[i] = x[j + i];
+                } else {
+                    set_negative_infinity(rest[i]);
+                }
+            load2(rest, a, b);
+        }
+        store(out + j, a);
+        store(out + j + kWidth, b);
+    }
+    return full;
+}
+
+// The reverse, of n columns.
+template <class T>
+void from_floats(const float* x, int64_t n, T* out, bool in_order) {
+    if (in_order && kSplitsBFloat16 && sizeof(T) == sizeof(BFloat16)) {
+        for (int64_t j = 0; j < n; ++j) narrow(x[j], out[j]);
+        return;
+    }
+    const int64_t full = n / (2 * kWidth) * (2 * kWidth);
+    const auto two = [](const float* from, T* to) {
+        Vec a, b;
+        load2(from, a, b);
+        store2(to, a, b);
+    };
+    for (int64_t j = 0; j < full; j += 2 * kWidth) two(x + j, out + j);
+    if (full < n) {
+        T rest[2 * kWidth];
+        two(x + full, rest);
+        memcpy(out + full, rest, (n - full) * sizeof(T));
+    }
+}
+
+// f(typed pointer to the first column of the row).
+template <class F>
+auto with_row(const Logits& logits, int64_t inner, int64_t row, F f) {
+    switch (logits.dtype) {
+        case Dtype::kFloat32:
+            return f(row_start<float>(logits, inner, row));
+        case Dtype::kBFloat16:
+            return f(row_start<BFloat16>(logits, inner, row));
+        default:
+            return f(row_start<Half>(logits, inner, row));
+    }
+}
+
+// Columns of the k largest logits, of equals the first, in rising order.
+struct Candidate {
+    float value;
+    int64_t column;
+};
+struct Better {
+    bool operator()(const Candidate& a, const Candidate& b) const {
+        return a.value > b.value || (a.value == b.value && a.column < b.column);
+    }
+};
+template <class T>
+void largest(const T* x, int64_t vocabulary, int64_t k, int64_t* columns) {
+    const int64_t room = 2 * k + kStep;
+    Scratch<Candidate> kept(room);
+    int64_t count = 0;
+    float threshold = -INFINITY;
+    bool has_k = false;  // the threshold is the k-th so far; a later column that equals it comes after it
+    const auto reduce = [&] {
+        std::nth_element(kept.data, kept.data + k - 1, kept.data + count, Better());
+        threshold = kept[k - 1].value;
+        has_k = true;
+        count = k;
+    };
+    for (int64_t start = 0; start < vocabulary; start += kStep) {
+        const int64_t n = vocabulary - start < kStep ? vocabulary - start : kStep;
+        if (has_k && n == kStep && !(block_max(x + start, kStep) > threshold)) continue;
+        for (int64_t j = start; j < start + n; ++j) {
+            const float raw = widened(x[j]), value = raw != raw ? INFINITY : raw;
+            if (!has_k || value > threshold) kept[count++] = {value, j};
+            if (count == room) reduce();
+        }
+    }
+    if (count > k) reduce();
+    for (int64_t i = 0; i < k; ++i) columns[i] = kept[i].column;
+    std::sort(columns, columns + k);
+}
+
+// One row of a call.
+struct Pair {
+    const Divergence& d;
+    const int64_t row;
+    const double weight;
+    const Transform transform;
+    const bool in_order;
+    const bool writes;                // a gradient
+    const int64_t* chosen = nullptr;  // top_k columns that the sweeps leave out, in rising order
+    Block block;
+
+    Pair(const Divergence& d, int64_t row, double weight)
+        : d(d),
+          row(row),
+          weight(weight),
+          transform(d.options, row),
+          in_order(transform.capped || d.top_k > 0 || d.student.dtype != d.teacher.dtype),
+          writes(d.gradient.data) {}
+
+    float logit(const Logits& logits, int64_t column) const {
+        return with_row(logits, d.inner, row, [&](auto x) { return widened(x[column]); });
+    }
+    double natural(float x) const { return transform.value(x) * transform.k * kLn2; }
+    double cap_slope(float x) const {
+        const double y = transform.capped ? transform.value(x) : 0.0;
+        return 1.0 - y * y;
+    }
+    DivergenceOptions how() const { return {static_cast<Kind>(d.kind), d.beta, d.clip}; }
+
+    void put_value(double value) const { d.values[row] = static_cast<float>(weight * value); }
+    // f(column) in every column of the gradient.
+    template <class F>
+    void put_columns(F f) const {
+        with_row(d.gradient, d.inner, row, [&](auto x) {
+            const auto out = writable(x);
+            for (int64_t j = 0; j < d.vocabulary; ++j) narrow(static_cast<float>(f(j)), out[j]);
+        });
+    }
+    template <class T>
+    static T* writable(const T* x) {
+        return const_cast<T*>(x);
+    }
+    void put_block(int64_t start, int64_t n) const {
+        with_row(d.gradient, d.inner, row,
+                 [&](auto x) { from_floats(block.student, n, writable(x) + start, in_order); });
+    }
+    void give_up() const {
+        put_value(NAN);
+        if (writes) put_columns([](int64_t) { return NAN; });
+    }
+
+    // f(first column, number of columns, the same padded to a multiple of kStep), the block filled.
+    template <class F>
+    void over_blocks(F f) {
+        int64_t next = 0;
+        for (int64_t start = 0; start < d.vocabulary; start += kBlock) {
+            const int64_t n = d.vocabulary - start < kBlock ? d.vocabulary - start : kBlock;
+            const int64_t full = fetch(d.student, start, n, block.student);
+            fetch(d.teacher, start, n, block.teacher);
+            float *student_y = block.student, *teacher_y = block.teacher;
+            if (transform.capped) {
+                capped_block(block.student, full, transform.inner, student_y = block.student_capped);
+                capped_block(block.teacher, full, transform.inner, teacher_y = block.teacher_capped);
+                for (int64_t j = n; j < full; ++j) student_y[j] = teacher_y[j] = -INFINITY;
+            }
+            for (; next < d.top_k && chosen[next] < start + n; ++next)
+                student_y[chosen[next] - start] = teacher_y[chosen[next] - start] = -INFINITY;
+            block.student_y = student_y, block.teacher_y = teacher_y;
+            if (!f(start, n, full)) return;
+        }
+    }
+
+    int64_t fetch(const Logits& logits, int64_t start, int64_t n, float* to) const {
+        return with_row(logits, d.inner, row, [&](auto x) { return to_floats(x + start, n, to, in_order); });
+    }
+
+    // f(first column, which of two, the columns) for every vector of a block.
+    template <class F>
+    void over_columns(int64_t full, const Levels& l, F f) {
+        for (int64_t j = 0; j < full; j += 2 * kWidth)
+            for (int i = 0; i < 2; ++i) {
+                const int64_t at = j + i * kWidth;
+                f(at, i,
+                  column_of(load(block.student + at), load(block.teacher + at), load(block.student_y + at),
+                            load(block.teacher_y + at), l));
+            }
+    }
+
+    struct Sums {
+        DivergenceSums sums;
+        double shift = 0.0;  // sum q - p: what is wrong with the normalisers
+        float worst = -INFINITY;
+    };
+    template <int kForm>
+    Sums sum(const Levels& l, bool with_log) {
+        Sums total;
+        over_blocks([&](int64_t, int64_t, int64_t full) {
+            const Vec zero = set(0.0f), one = set(1.0f);
+            Vec value[2] = {zero, zero}, shift[2] = {zero, zero}, cut[2] = {zero, zero}, clipped[2] = {zero, zero},
+                mean[2] = {zero, zero}, worst[2] = {set(-INFINITY), set(-INFINITY)};
+            over_columns(full, l, [&](int64_t, int i, const Column& c) {
+                const Share s = share_of<kForm>(c, l, with_log);
+                const Vec gap = mul(c.hi, c.complement);
+                shift[i] = add(shift[i], where_less(c.r, zero, gap, sub(zero, gap)));
+                const Vec at_clip = kForm == kForwardKl || kForm == kReverseKl ? sub(l.clip, gap) : l.clip;
+                value[i] = add(value[i], where_clipped<kForm>(c, s, l, at_clip, mul(c.hi, s.value)));
+                clipped[i] = add(clipped[i], where_clipped<kForm>(c, s, l, one, zero));
+                if (kForm == kForwardKl || kForm == kReverseKl) {
+                    cut[i] = add(cut[i], where_clipped<kForm>(c, s, l, c.hi, zero));
+                    worst[i] = max(kForm == kForwardKl ? c.r : sub(zero, c.r), worst[i]);
+                } else if (with_log) {
+                    const Vec q = mul(c.hi, where_less(c.r, zero, one, c.w));
+                    mean[i] = add(mean[i], where_clipped<kForm>(c, s, l, zero, mul(q, s.log_share)));
+                }
+            });
+            total.sums.value += lane_sum(value[0], value[1]);
+            total.sums.cut += lane_sum(cut[0], cut[1]);
+            total.sums.clipped += lane_sum(clipped[0], clipped[1]);
+            total.sums.mean += lane_sum(mean[0], mean[1]);
+            total.shift += lane_sum(shift[0], shift[1]);
+            total.worst = fmaxf(total.worst, lane_max(max(worst[0], worst[1])));
+            return true;
+        });
+        return total;
+    }
+
+    template <int kForm>
+    void write(const Levels& l, double level_of_q, double factor) {
+        const Vec level = set(static_cast<float>(level_of_q)), zero = set(0.0f), one = set(1.0f);
+        const Vec by = set(static_cast<float>(kForm == kJsd || kForm == kEvenJsd ? factor * (1.0 - d.beta) : factor));
+        over_blocks([&](int64_t start, int64_t n, int64_t full) {
+            over_columns(full, l, [&](int64_t j, int, const Column& c) {
+                const Share s = share_of<kForm>(c, l, true);
+                const Vec q = mul(c.hi, where_less(c.r, zero, one, c.w));
+                Vec slope;
+                if (kForm == kForwardKl) {
+                    const Vec gap = mul(c.hi, where_less(c.r, zero, c.complement, sub(zero, c.complement)));
+                    slope = sub(where_clipped<kForm>(c, s, l, q, gap), mul(q, level));
+                } else if (kForm == kReverseKl) {
+                    const Vec ratio = where_less(c.r, zero, c.u, sub(zero, c.u));
+                    slope = mul(q, sub(where_clipped<kForm>(c, s, l, set(-1.0f), ratio), level));
+                } else {
+                    slope = mul(q, sub(where_clipped<kForm>(c, s, l, zero, s.log_share), level));
+                }
+                emit(j, mul(by, slope));
+            });
+            put_block(start, n);
+            return true;
+        });
+    }
+    // A column's gradient takes the place of its logit in the block, which nobody reads again.
+    void emit(int64_t j, Vec slope) {
+        if (transform.capped) {
+            const Vec y = load(block.student_y + j);
+            slope = mul(slope, mul(sub(set(1.0f), y), add(set(1.0f), y)));
+        }
+        store(block.student + j, slope);
+    }
+
+    void run() {
+        Scratch<int64_t> columns(d.top_k);
+        if (d.top_k > 0) {
+            with_row(d.student, d.inner, row, [&](auto x) { largest(x, d.vocabulary, d.top_k, columns.data); });
+            chosen = columns.data;
+        }
+        Scan student, teacher;
+        student.k = teacher.k = transform.k;
+        over_blocks([&](int64_t, int64_t, int64_t full) {
+            student.block<float, false>(block.student_y, full);
+            teacher.block<float, false>(block.teacher_y, full);
+            return !student.poisoned && !teacher.poisoned;
+        });
+        if (student.poisoned || teacher.poisoned) return give_up();
+        const bool slow =
+            student.huge || teacher.huge || (student.tiny && !student.placed) || (teacher.tiny && !teacher.placed);
+        if (d.top_k > 0) return run_entries(student.sum, teacher.sum, slow);
+        if (slow) return run_slowly();
+        if (student.sum.s == 0.0 || teacher.sum.s == 0.0) return give_up();
+        if (d.vocabulary == 1) return run_slowly();  // exactly 0
+        switch (how().kind) {
+            case Kind::kForward:
+                return run_fast<kForwardKl>(student.sum, teacher.sum);
+            case Kind::kReverse:
+                return run_fast<kReverseKl>(student.sum, teacher.sum);
+            default:
+                return d.beta == 0.5 ? run_fast<kEvenJsd>(student.sum, teacher.sum)
+                                     : run_fast<kJsd>(student.sum, teacher.sum);
+        }
+    }
+
+    static double gap_of(RowSum student, RowSum teacher) {
+        return (teacher.c - student.c) + (log2(teacher.s) - log2(student.s));
+    }
+
+    template <int kForm>
+    void run_fast(RowSum student, RowSum teacher) {
+        const double gap = gap_of(student, teacher);
+        Sums found = sum<kForm>(Levels(transform, student, teacher, gap, d), writes);
+        double& value = found.sums.value;
+        if (!(fabs(value) < INFINITY) || found.worst > kFarApart) return run_slowly();
+        const bool is_jsd = kForm == kJsd || kForm == kEvenJsd;
+        value -= 0.5 * found.shift * found.shift * (is_jsd ? d.beta * (1.0 - d.beta) : 1.0);
+        if (value < 0.0 && found.sums.clipped == 0.0) value = 0.0;
+        put_value(value);
+        if (!writes) return;
+        // A jsd's gradient is unmoved to first order: the mean has the same error.
+        const Levels exact(transform, student, teacher, is_jsd ? gap : gap - log1p(found.shift) / kLn2, d);
+        write<kForm>(exact, divergence_level(found.sums, how()), weight * transform.chain);
+    }
+
+    // The same of n entries, logits in nats, their derivatives instead of the students'; NaN where there is none.
+    double solve(int64_t n, double* students, const double* teachers) const {
+        const double log_q = logsumexp(n, students), log_p = logsumexp(n, teachers);
+        DivergenceSums sums;
+        for (int64_t i = 0; i < n; ++i) add(sums, divergence_entry(teachers[i] - log_p, students[i] - log_q, how()));
+        const double level = divergence_level(sums, how());
+        for (int64_t i = 0; i < n; ++i) {
+            const Entry e = divergence_entry(teachers[i] - log_p, students[i] - log_q, how());
+            students[i] = divergence_slope(e, level, how());
+        }
+        return sums.clipped == 0.0 && sums.value < 0.0 ? 0.0 : sums.value;
+    }
+    // -inf where all are; NaN where one is +inf or NaN.
+    static double logsumexp(int64_t n, const double* x) {
+        double top = -INFINITY, total = 0.0;
+        for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
+        if (top == -INFINITY) top = 0.0;
+        for (int64_t i = 0; i < n; ++i) total += exp(x[i] - top);
+        return top + log(total);
+    }
+
+    void run_slowly() {
+        Scratch<double> students(d.vocabulary), teachers(d.vocabulary);
+        for (int64_t j = 0; j < d.vocabulary; ++j) {
+            students[j] = natural(logit(d.student, j));
+            teachers[j] = natural(logit(d.teacher, j));
+        }
+        put_value(solve(d.vocabulary, students.data, teachers.data));
+        if (!writes) return;
+        put_columns([&](int64_t j) { return weight * transform.chain * cap_slope(logit(d.student, j)) * students[j]; });
+    }
+
+    // The chosen columns and one bucket of the others, whose logit is their logsumexp.
+    void run_entries(RowSum student, RowSum teacher, bool slow) {
+        const int64_t k = d.top_k;
+        Scratch<double> students(k + 1), teachers(k + 1), slopes(k);
+        for (int64_t i = 0; i < k; ++i) {
+            const float x = logit(d.student, chosen[i]);
+            students[i] = natural(x), teachers[i] = natural(logit(d.teacher, chosen[i]));
+            slopes[i] = weight * transform.chain * cap_slope(x);
+        }
+        if (slow) {
+            students[k] = slow_bucket(d.student), teachers[k] = slow_bucket(d.teacher);
+        } else {
+            students[k] = (student.c + log2(student.s)) * kLn2, teachers[k] = (teacher.c + log2(teacher.s)) * kLn2;
+            if (student.s > 0.0 && teacher.s > 0.0) {
+                const double gap = gap_of(student, teacher);
+                const double shift = sum<kForwardKl>(Levels(transform, student, teacher, gap, d), false).shift;
+                students[k] = teachers[k] - gap * kLn2 + log1p(shift);
+            }
+        }
+        const double bucket = students[k];
+        put_value(solve(k + 1, students.data, teachers.data));
+        if (!writes) return;
+        const double factor = weight * transform.chain * students[k];
+        if (factor != factor || bucket == -INFINITY) {
+            put_columns([&](int64_t) { return factor != factor ? NAN : 0.0; });
+        } else if (slow) {
+            put_columns([&](int64_t j) {
+                const float x = logit(d.student, j);
+                return factor * cap_slope(x) * exp(natural(x) - bucket);
+            });
+        } else {
+            const Levels l(transform, student, student, 0.0, d);
+            const Vec by = mul(set(static_cast<float>(factor)), l.student_factor);
+            over_blocks([&](int64_t start, int64_t n, int64_t full) {
+                for (int64_t j = 0; j < full; j += kWidth) {
+                    const Exp2 e = exp2_parts(term_exponent(load(block.student_y + j), l.k, l.student_c));
+                    emit(j, mul(by, mul(e.mantissa, e.scale)));
+                }
+                put_block(start, n);
+                return true;
+            });
+        }
+        with_row(d.gradient, d.inner, row, [&](auto x) {
+            for (int64_t i = 0; i < k; ++i) narrow(static_cast<float>(slopes[i] * students[i]), writable(x)[chosen[i]]);
+        });
+    }
+    double slow_bucket(const Logits& logits) const {
+        Scratch<double> others(d.vocabulary);
+        int64_t count = 0, next = 0;
+        for (int64_t j = 0; j < d.vocabulary; ++j) {
+            if (next < d.top_k && chosen[next] == j) {
+                ++next;
+            } else {
+                others[count++] = natural(logit(logits, j));
+            }
+        }
+        return logsumexp(count, others.data);
+    }
+};
+
+void divergence_rows(const Divergence& d, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        const double weight = d.weight ? d.weight[row] : 1.0;
+        if (weight != 0.0) {
+            Pair(d, row, weight).run();
+            continue;
+        }
+        d.values[row] = 0.0f;
+        if (d.gradient.data)
+            with_row(d.gradient, d.inner, row,
+                     [&](auto x) { memset(Pair::writable(x), 0, d.vocabulary * sizeof(*x)); });
+    }
+}
+
+}  // namespace CEPO_ISA
+}  // namespace cepo

@@ -1,0 +1,122 @@
+"""What `divergence` promises, by the textbook's formulas in extended precision, and the bounds it promises it within.
+
+The plain sum of p log(p / q) cancels where the rows are nearly equal; with 64 bits of mantissa that leaves eight digits
+of a divergence of 1e-10. `test_divergence` holds it against fifty digits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import oracle
+import torch
+from torch import Tensor
+
+import cepo_kernels
+
+Wide = np.longdouble
+
+
+def row(
+    student: Any, teacher: Any, kind: str = "forward_kl", beta: float = 0.5, clip: float | None = None,
+    top_k: int | None = None, order: Any = None,
+) -> tuple[Any, Any, Any, Any]:  # fmt: skip
+    """Of one row of transformed logits: value, the size of what was summed, the gradient, and of what that is made."""
+    student, teacher = np.asarray(student, Wide), np.asarray(teacher, Wide)
+    if oracle.impossible(student) or oracle.impossible(teacher):
+        return np.nan, np.nan, np.full(student.shape, np.nan), np.full(student.shape, np.nan)
+    if top_k is not None and top_k < student.size - 1:
+        chosen = np.argsort(-np.asarray(order, np.float64), kind="stable")[:top_k]
+        rest = np.setdiff1d(np.arange(student.size), chosen)
+        tails = [np.logaddexp.reduce(x[rest]) for x in (student, teacher)]
+        entries = [np.append(x[chosen], tail) for x, tail in zip((student, teacher), tails, strict=True)]
+        value, size, found, made = row(*entries, kind, beta, clip)
+        gradient, magnitude = np.zeros(student.shape), np.zeros(student.shape)
+        gradient[chosen], magnitude[chosen] = found[:-1], made[:-1]
+        share = np.exp(student[rest] - tails[0]) if np.isfinite(tails[0]) else np.zeros(rest.shape)
+        gradient[rest], magnitude[rest] = share * found[-1], share * made[-1]
+        return value, size, gradient, magnitude
+    if kind == "jsd" and beta in (0.0, 1.0):
+        kind = "reverse_kl" if beta else "forward_kl"
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        log_q, log_p = (x - np.logaddexp.reduce(x) for x in (student, teacher))
+        q, p = np.exp(log_q), np.exp(log_p)
+        if kind == "jsd":
+            log_m = np.logaddexp(log_p + np.log(Wide(beta)), log_q + np.log1p(-Wide(beta)))
+            of_p, of_q = (np.where(x > 0, x * (log_x - log_m), 0) for x, log_x in ((p, log_p), (q, log_q)))
+            terms = beta * of_p + (1 - beta) * of_q
+        else:
+            (one, log_one), (other, log_other) = (p, log_p), (q, log_q)
+            if kind == "reverse_kl":
+                (one, log_one), (other, log_other) = (other, log_other), (one, log_one)
+            terms = np.where(one > 0, one * (log_one - log_other), 0)
+        kept = np.ones(terms.shape, bool) if clip is None else terms <= clip
+        value = np.where(kept, terms, clip if clip is not None else 0).sum()
+        # What is cut off leaves no cancellation behind it: probabilities of that size are what the errors are of.
+        size = abs(value) + np.where(kept, 0, p + q).sum() + 2e-6 * (clip is not None)
+        # A log-ratio is known to within the rounding of the others, whose mean it is measured from.
+        gaps = np.where((p > 0) & (q > 0), abs(log_p - log_q), 0)
+        usual = min(1.0, float(((p + q) * gaps).sum()))
+        if kind == "forward_kl":
+            lost = np.where(kept, 0, p).sum()
+            gradient = q * (1 - lost) - np.where(kept, p, 0)
+            magnitude = np.where(kept, abs(q - p), q) + q * (lost + usual)
+        elif kind == "reverse_kl":
+            ratio = np.where(q > 0, log_q - log_p, 0)
+            level = np.where(kept, terms, 0).sum() - np.where(kept, 0, q).sum()
+            gradient = q * np.where(kept, ratio - level, -1 - level)
+            magnitude = q * (np.where(kept, abs(ratio), 1) + abs(level) + usual)
+            if not np.isfinite(level):
+                gradient = magnitude = np.full(q.shape, np.nan)
+        else:
+            share = np.where(kept & (q > 0), log_q - log_m, 0)
+            mean = (q * share).sum()
+            gradient = (1 - beta) * q * (share - mean)
+            magnitude = (1 - beta) * q * (abs(share) + abs(mean) + usual)
+    return value, size, gradient, magnitude
+
+
+def expected(
+    student: Tensor, teacher: Tensor, *, mask: Any = True, token_weight: Any = 1.0, temperature: Any = 1.0,
+    logit_scale: float = 1.0, logit_softcap: float | None = None, **how: Any,
+) -> tuple[Any, Any, oracle.Gradient]:  # fmt: skip
+    """Values (N,), sizes and the gradient (N, V) of what `divergence` is called with; upstream gradients of 1."""
+    shape = tuple(student.shape[:-1])
+    weights = oracle.array(token_weight, shape) * (oracle.array(mask, shape) != 0)
+    raw = [x.detach().double().cpu().reshape(-1, x.shape[-1]).numpy() for x in (student, teacher)]
+    warm = oracle.array(temperature, shape)
+    x, slope = oracle.transform(raw[0], warm, logit_scale, logit_softcap)
+    y, _ = oracle.transform(raw[1], warm, logit_scale, logit_softcap)
+    values, sizes = np.zeros(len(x)), np.zeros(len(x))
+    gradient, magnitude = np.zeros(x.shape), np.zeros(x.shape)
+    for index, weight in enumerate(weights):
+        if weight != 0:
+            found = row(x[index], y[index], order=raw[0][index], **how)
+            values[index], sizes[index] = weight * found[0], abs(weight) * found[1]
+            gradient[index], magnitude[index] = weight * found[2], abs(weight) * found[3]
+    with np.errstate(invalid="ignore"):
+        size = np.abs(slope)
+        if logit_softcap is not None:
+            size = size + (logit_scale / warm)[:, None] * oracle.CAP_ROUNDING / oracle.RELATIVE
+        return values, sizes, oracle.Gradient(gradient * slope, magnitude * size)
+
+
+def run(backend: str, student: Tensor, teacher: Tensor, upstream: Any = None, **options: Any) -> tuple[Tensor, Tensor]:
+    """Values (...) and the gradient (N, V) in the student's dtype."""
+    leaf = oracle.place(backend, student).detach().requires_grad_()
+    options = {name: oracle.place(backend, value) for name, value in options.items()}
+    fed = leaf * 1.0 if options.get("inplace_grad") else leaf
+    values = cepo_kernels.divergence(fed, oracle.place(backend, teacher), backend=backend, **options)
+    values.sum().backward() if upstream is None else values.backward(oracle.place(backend, upstream))
+    return values.detach().cpu(), leaf.grad.reshape(-1, leaf.shape[-1]).cpu()
+
+
+def check(backend: str, student: Tensor, teacher: Tensor, absolute: float = 1e-15, **options: Any) -> None:
+    """Values and gradient within the contract."""
+    values, gradient = run(backend, student, teacher, **options)
+    want, size, slope = expected(student, teacher, **options)
+    assert values.dtype == (torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32)
+    allowed = oracle.RELATIVE * np.where(np.isfinite(size), abs(size), 0) + absolute
+    oracle.assert_close(values, want, 0.0, allowed, "values")
+    oracle.assert_gradient(gradient, slope, student.dtype, 3e-5)
