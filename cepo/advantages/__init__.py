@@ -2,8 +2,8 @@
 
 Each member is a module with a function of its own name. Rewards are float32 (P, G); a NaN marks a rollout that could
 not be scored: its group ignores it and its advantage is 0. A member that counts successes takes a `threshold`. One that
-keeps its objective under one loss average alone says so in `AVERAGE`; one whose options follow from earlier steps has
-`adaptive(config)`, an object with `options()`, `observe(rewards_PG, squared_scores_PG)` and a `state`, or None.
+keeps its objective under one loss average alone says so in `AVERAGE`. One with options that follow from earlier steps
+has `adaptive(config)`: None, or what keeps their state (see `_auto`).
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 After arXiv 2605.30154, which shows that an estimator that knows a group by its number of successes K alone follows
 w(p) grad p, p the chance of success and w a polynomial. This one-parameter family is ours: w is the first G terms of
-p^-alpha in powers of 1 - p, and the objective sum_{j<G} -(alpha)_j / j! (1-p)^(j+1) / (j+1), (alpha)_j rising factorial.
+p^-alpha in powers of 1 - p, the objective -sum_{j<G} (alpha)_j / j! (1-p)^(j+1) / (j+1), (alpha)_j a rising factorial.
 The gradient of a group is sum_i A_i grad log pi(y_i) / G, which only the loss average "constant" leaves as it is.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,8 +16,22 @@ from torch import Tensor
 from cepo.advantages import successes
 from cepo.errors import InputError
 
+if TYPE_CHECKING:
+    from cepo.advantages._auto import AutoAlpha
+    from cepo.config import Config
+
 AVERAGE = "constant"
 BASELINES = ("loo", "none")
+
+
+def adaptive(config: Config) -> AutoAlpha | None:
+    """What chooses alpha from earlier steps, if `advantage.alpha` is auto."""
+    from cepo.advantages._auto import AutoAlpha
+
+    if config.advantage.alpha != "auto":
+        return None
+    assert config.advantage.baseline is not None
+    return AutoAlpha(config.rollout.group_size, config.advantage.baseline, config.reward.success_threshold)
 
 
 def rl2ml(rewards_PG: Tensor, *, alpha: float = 1.0, baseline: str = "loo", threshold: float = 1.0) -> Tensor:
@@ -57,7 +73,7 @@ def weights(k: Tensor, group_size: Tensor | int, alpha: float, baseline: str) ->
 
 
 def update_scale(k: Tensor, group_size: int, alpha: float) -> Tensor:
-    """S(k) = k / G beta(k), how far a group of k successes moves: rising in k for alpha < 1, flat at 1, else falling."""
+    """S(k) = k / G beta(k), how far k successes move the group: rising in k for alpha < 1, flat at 1, else falling."""
     return k * multiplier(k, group_size, alpha) / group_size
 
 
@@ -80,8 +96,8 @@ def variance(
 ) -> Tensor:
     """Trace of the covariance of a group's gradient.
 
-    E[K A+^2] / G^2 tr Sigma+ + E[(G - K) A-^2] / G^2 tr Sigma- + Var(u(K)) |grad p|^2, with A+ and A- the advantages of a
-    success and a failure and u = (K A+ / p - (G - K) A- / (1 - p)) / G. Without a baseline A- is 0 and u = S(K) / p.
+    E[K A+^2] / G^2 tr Sigma+ + E[(G - K) A-^2] / G^2 tr Sigma- + Var(u(K)) |grad p|^2, A+ and A- the advantages of
+    a success and a failure and u = (K A+ / p - (G - K) A- / (1 - p)) / G. Without a baseline A- is 0 and u = S(K) / p.
 
     Args:
         p: chance of success, in (0, 1).

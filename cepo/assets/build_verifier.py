@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import random
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from cepo.assets import embedded_model
 from cepo.assets.build import STEPS, character_bpe, draw_batches, fit, load, sample, save, wrap_tokenizer
+from cepo.rewards.cross_model_entropy import cross_model_entropy, load_verifier
 from cepo.tasks.addition import Addition, columns, draw, render, split_of
 
 SPECIAL = ["<pad>", "<|endoftext|>", "<unk>"]
@@ -42,10 +45,20 @@ def build_tokenizer() -> Any:
 
 def build_model(tokenizer: Any) -> Any:
     """A freshly initialised GPT-2 of 0.4 M parameters."""
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    size = {"vocab_size": len(tokenizer), "n_positions": CONTEXT, "n_embd": 96, "n_layer": 3, "n_head": 4}
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(**size, **ends, **dropout))
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=CONTEXT,
+        n_embd=96,
+        n_layer=3,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return GPT2LMHeadModel(config)
 
 
 def taught() -> set[tuple[int, int]]:
@@ -81,15 +94,45 @@ def train(steps: int, learning_rate: float, seed: int, rows: int = 256) -> tuple
     return model, tokenizer
 
 
+def auroc(rewards: Sequence[float], correct: Sequence[bool]) -> float:
+    """Chance that a correct rollout has a higher reward than a wrong one, ties counting half."""
+    values, right = torch.tensor(rewards), torch.tensor(correct)
+    gaps = values[right][:, None] - values[~right][None, :]
+    return ((gaps > 0).double() + (gaps == 0).double() / 2).mean().item()
+
+
+def evaluate(directory: Path, n: int = 1000) -> None:
+    """Print how well the reward tells right from wrong rollouts of the embedded policy, beside its random control."""
+    problems, task = Addition().split("validation", n), Addition()
+    prompts = [p.prompt for p in problems]
+    texts = sample(*load(embedded_model()), prompts, temperature=1.0, seed=0)
+    correct = [task.score(text, p) == 1 for text, p in zip(texts, problems, strict=True)]
+    verifier = load_verifier(str(directory))
+    for name, reward in (
+        ("trained weights", cross_model_entropy(verifier)),
+        ("random weights", cross_model_entropy(verifier, random_weights=True)),
+    ):
+        scored = [(r, c) for r, c in zip(reward(prompts, texts), correct, strict=True) if r is not None]
+        rewards, truth = zip(*scored, strict=True)
+        right, wrong = (statistics.mean(r for r, c in scored if c is kind) for kind in (True, False))
+        print(
+            f"{name}: AUROC(reward, correct) {auroc(rewards, truth):.3f}, mean reward {right:.3f} if correct, "
+            f"{wrong:.3f} if wrong  (n = {len(scored)}, {sum(truth)} correct)"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded verifier from scratch, or measure one.")
     parser.add_argument("--out", type=Path, default=Path("verifier-0.4m"), help="directory (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=600, help="supervised steps (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, cosine decay (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="initial weights and data (default: %(default)s)")
+    parser.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the verifier in DIR, train nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    save(args.out, *train(args.steps, args.learning_rate, args.seed))
+    if not args.evaluate:
+        save(args.out, *train(args.steps, args.learning_rate, args.seed))
+    evaluate(args.evaluate or args.out)
 
 
 if __name__ == "__main__":

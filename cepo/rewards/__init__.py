@@ -1,8 +1,11 @@
 """How good is a rollout? `f(prompts, completions, completion_ids, **columns) -> list[float | None]`.
 
 Each member is a module with a function of its own name; None means that a rollout cannot be scored and is left out of
-its group. `columns` holds one value per rollout: `problem`, `truncated`; and the `task` itself. `SUPERVISION` says
-what of the task the reward takes. Whatever it is, success is judged by the task's own score, which `verifier` gives.
+its group. `columns` holds one value per rollout: `problem`, `truncated`; and the `task` and `policy` themselves.
+
+One that needs something loaded has `load(config)`, which gives the function; `load_control(config)` gives a second one,
+which is logged beside it. `SUPERVISION` says what of the task a reward takes. Whatever it is, success is judged by the
+task's own score, which `verifier` gives.
 """
 
 from __future__ import annotations
