@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -200,3 +201,19 @@ def test_options_of_another_reward_are_refused() -> None:
         small(reward={"name": "self_certainty", "empty": -50.0})
     with pytest.raises(InputError, match=r"reward\.verifier: .*nowhere"):
         load_parts(small(reward={"name": "cross_model_entropy", "verifier": "./nowhere"}))
+
+
+def test_trl_trains_on_it_unchanged(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": f"{i}+285"}]} for i in range(200, 204)])
+    args = trl.GRPOConfig(str(tmp_path), max_steps=1, per_device_train_batch_size=8, num_generations=4, use_cpu=True,
+                          max_completion_length=24, reward_weights=[1.0, 0.0], report_to=[], save_strategy="no",
+                          logging_steps=1, disable_tqdm=True)  # fmt: skip
+    rewards = [cross_model_entropy(), cross_model_entropy(random_weights=True)]
+    learner = trl.GRPOTrainer(str(embedded_model()), rewards, args, data)
+    learner.train()
+    logged = learner.state.log_history[0]
+    assert logged["reward"] == pytest.approx(logged["rewards/cross_model_entropy/mean"], abs=1e-6)
+    assert logged["rewards/cross_model_entropy_control/mean"] < logged["reward"] < 0
