@@ -398,6 +398,8 @@ class Config:
         _require(self.reward.name == "verifier" or not self.advantage.counts_successes, "advantage.name",
                  f"one that does not count successes, which reward {self.reward.name} knows nothing of",
                  self.advantage.name)  # fmt: skip
+        _require(self.reward.verifier != "embedded" or self.task.name == "addition", "reward.verifier",
+                 f"a model that knows task {self.task.name}", self.reward.verifier)  # fmt: skip
         self.loss.average = self.loss.average or self.advantage.average or "token"
         if check := getattr(axes.module("credit", self.credit.name), "check", None):
             check(self)

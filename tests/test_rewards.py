@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cepo import trainer
-from cepo.assets import EMBEDDED_VERIFIER, embedded_model
+from cepo.assets import EMBEDDED_VERIFIER, build_verifier, embedded_model
 from cepo.assets.build import prompt_ids
 from cepo.assets.build_verifier import auroc, build_tokenizer
 from cepo.config import Config
@@ -133,6 +133,16 @@ def test_the_embedded_verifier_is_another_model_and_knows_right_from_wrong(verif
     assert auroc([r for r in rewards if r is not None], correct) > 0.95
 
 
+@pytest.mark.slow
+def test_the_script_that_trains_it_draws_problems_the_policy_was_not_taught(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, tokenizer = build_verifier.train(steps=2, learning_rate=1e-3, seed=0, rows=40)  # it asserts that itself
+    assert "none of the 122519 that the policy was taught" in capsys.readouterr().out
+    assert tokenizer.get_vocab() == load_verifier("embedded").tokenizer.get_vocab()
+    assert model.num_parameters() < 400_000
+
+
 def test_auroc_counts_ties_half() -> None:
     assert auroc([1.0, 2.0, 2.0, 0.0], [True, True, False, False]) == (1 + 0.5 + 0 + 1) / 4
 
@@ -199,6 +209,8 @@ def test_options_of_another_reward_are_refused() -> None:
         small(reward={"verifier": "embedded"})
     with pytest.raises(InputError, match=r"reward\.empty: expected none"):
         small(reward={"name": "self_certainty", "empty": -50.0})
+    with pytest.raises(InputError, match=r"reward\.verifier: expected a model that knows task jsonl:x, got"):
+        small(reward={"name": "cross_model_entropy"}, task={"name": "jsonl:x"})
     with pytest.raises(InputError, match=r"reward\.verifier: .*nowhere"):
         load_parts(small(reward={"name": "cross_model_entropy", "verifier": "./nowhere"}))
 
