@@ -2,7 +2,6 @@
 
 Each member is a module with a function of its own name; None means that a rollout cannot be scored and is left out of
 its group. `columns` holds one value per rollout: `problem`, `truncated`; and the `task` and `policy` themselves.
-its group. `columns` holds one value per rollout: `problem`, `truncated`; and the `task` and `policy` themselves.
 
 One that needs something loaded has `load(config)`, which gives the function; `load_control(config)` gives a second one,
 which is logged beside it. `SUPERVISION` says what of the task a reward takes. Whatever it is, success is judged by the

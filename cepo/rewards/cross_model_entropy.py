@@ -17,6 +17,8 @@ from cepo.config import Config, PolicyConfig
 from cepo.errors import InputError
 from cepo.policy import Policy, encode, load_policy, make_policy, render, response_states, token_op
 
+SUPERVISION: tuple[str, ...] = ("another model (the embedded one saw the task)",)
+
 Message = dict[str, Any]
 Text = str | Sequence[Message]
 Reward = Callable[..., list[float | None]]

@@ -14,6 +14,8 @@ from cepo.config import Config
 from cepo.policy import Policy, encode, render, response_logits
 from cepo_kernels.reference import transform
 
+SUPERVISION: tuple[str, ...] = ()
+
 
 def load(config: Config) -> Any:
     """The reward of a run: at the temperature of its rollouts."""
