@@ -14,7 +14,7 @@ from tiny import one_thread, tiny_policy  # noqa: F401
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cepo import trainer
+from cepo import axes, trainer
 from cepo.assets import EMBEDDED_VERIFIER, build_verifier, embedded_model
 from cepo.assets.build import prompt_ids
 from cepo.assets.build_verifier import auroc, build_tokenizer
@@ -195,6 +195,16 @@ def test_success_is_the_tasks_whatever_the_reward(monkeypatch: pytest.MonkeyPatc
         assert record["reward_control"] < record["reward"] < 0
     evaluation = trainer.evaluate(parts)
     assert evaluation["greedy"] == trainer.evaluate(replace(parts, reward=lambda *_, **__: [None]))["greedy"] > 0
+
+
+@pytest.mark.parametrize("credit", axes.members("credit"))
+@pytest.mark.parametrize("reward", axes.members("rewards"))
+def test_any_reward_goes_with_any_credit(reward: str, credit: str) -> None:
+    config = small(reward={"name": reward}, credit={"name": credit}, rollout={"prompts": 3, "group_size": 4})
+    _, (record,) = steps(config, n=1)
+    assert record["gradient_norm"] > 0
+    if credit == "rredcot":  # its values are judged by the task's success, not by the reward
+        assert 0 < record["value_outcome"] < 1
 
 
 @pytest.mark.parametrize("advantage", ["maxrl", "rl2ml"])
