@@ -2,7 +2,7 @@
 
     <run>/config.yaml  metrics.jsonl  curves.png  .lock
     <run>/checkpoints/step-000020/   a model that `from_pretrained` loads, its tokenizer, and
-                                     state.pt       the optimizer's
+                                     state.pt       the optimizer's, and that of `advantage.alpha: auto`
                                      manifest.json  step, and size and SHA-256 of every file
 
 Everything is written under a temporary name, flushed to disk and renamed. Schedules, data order and sampling noise are
@@ -65,7 +65,9 @@ def create_run(wanted: str | None, default: str, config: Callable[[str], str]) -
     return path
 
 
-def save(run: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, keep: int) -> Path:
+def save(
+    run: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, keep: int, **state: Any
+) -> Path:
     """Write the checkpoint of `step`, then delete all but the `keep` newest. Raises InputError if it cannot."""
     path = run / FOLDER / f"step-{step:06d}"
     path.parent.mkdir(exist_ok=True)
@@ -73,7 +75,7 @@ def save(run: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.opti
         temporary.mkdir()
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        torch.save({"optimizer": optimizer.state_dict()}, temporary / STATE)
+        torch.save({"optimizer": optimizer.state_dict(), **state}, temporary / STATE)
         files = {str(file.relative_to(temporary)): _digest(file) for file in _files(temporary)}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
     for old in _all(run)[:-keep]:
@@ -81,9 +83,11 @@ def save(run: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.opti
     return path
 
 
-def load_state(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Bring the optimizer back to where it was."""
-    optimizer.load_state_dict(torch.load(path / STATE, weights_only=True)["optimizer"])
+def load_state(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Bring the optimizer back to where it was; returns whatever else was saved."""
+    state: dict[str, Any] = torch.load(path / STATE, weights_only=True)
+    optimizer.load_state_dict(state.pop("optimizer"))
+    return state
 
 
 def step_of(path: Path) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from inspect import signature
+from typing import Any, Literal
 
 from cepo import axes
 from cepo.errors import InputError
@@ -128,15 +129,26 @@ class RewardConfig:
     """How good is a rollout?
 
     Args:
-        name: verifier.
-        success_threshold: a rollout succeeds from this reward on.
+        name: verifier (the task's own), cross_model_entropy or self_certainty (which read no label).
+        success_threshold: a rollout succeeds from this score of the task on, whatever its reward.
+        verifier: of cross_model_entropy: embedded (which knows the built-in task), a directory or a Hugging Face name;
+            null: embedded.
+        empty: what cross_model_entropy gives an empty response; null: it is not scored.
     """
 
     name: str = "verifier"
     success_threshold: float = 1.0
+    verifier: str | None = None
+    empty: float | None = None
 
     def check(self) -> None:
         _one_of("reward.name", self.name, axes.members("rewards"))
+        if self.name == "cross_model_entropy":
+            self.verifier = self.verifier or "embedded"
+        for name in ("verifier", "empty"):
+            value = getattr(self, name)
+            _require(self.name == "cross_model_entropy" or value is None, f"reward.{name}",
+                     f"none, since reward {self.name} has no such option", value)  # fmt: skip
 
 
 @dataclass
@@ -144,13 +156,37 @@ class AdvantageConfig:
     """Relative to its group?
 
     Args:
-        name: grpo, dr_grpo or rloo.
+        name: grpo, dr_grpo, rloo, maxrl or rl2ml.
+        alpha: of rl2ml: 0 (reinforcement), 1 (maximum likelihood) and beyond, or auto (from earlier steps); null: 1.
+        baseline: of rl2ml: loo (leave one out) or none; null: loo.
     """
 
     name: str = "grpo"
+    alpha: float | Literal["auto"] | None = None
+    baseline: str | None = None
 
     def check(self) -> None:
         _one_of("advantage.name", self.name, axes.members("advantages"))
+        takes = signature(axes.lookup("advantages", self.name)).parameters
+        for name in ("alpha", "baseline"):
+            value = getattr(self, name)
+            _require(name in takes or value is None, f"advantage.{name}",
+                     f"none, since advantage {self.name} has no such option", value)  # fmt: skip
+            if name in takes and value is None:
+                setattr(self, name, takes[name].default)
+        if isinstance(self.alpha, float | int):
+            _require(0 <= self.alpha < float("inf"), "advantage.alpha", "auto or a number, at least 0", self.alpha)
+        if self.baseline is not None:
+            _one_of("advantage.baseline", self.baseline, ("loo", "none"))
+
+    @property
+    def counts_successes(self) -> bool:
+        return "threshold" in signature(axes.lookup("advantages", self.name)).parameters
+
+    @property
+    def average(self) -> str | None:
+        """The loss average under which alone its objective holds."""
+        return getattr(axes.module("advantages", self.name), "AVERAGE", None)
 
 
 @dataclass
@@ -223,17 +259,19 @@ class LossConfig:
         name: clipped or cispo.
         clip_low: lower clip of the ratio.
         clip_high: upper clip of the ratio.
-        average: token, sequence or constant.
+        average: token, sequence or constant; null: constant for maxrl and rl2ml, which keep their objective under no
+            other, else token.
     """
 
     name: str = "clipped"
     clip_low: float = 0.2
     clip_high: float = 0.28
-    average: str = "token"
+    average: str | None = None
 
     def check(self) -> None:
         _one_of("loss.name", self.name, axes.members("losses"))
-        _one_of("loss.average", self.average, AVERAGES)
+        if self.average is not None:
+            _one_of("loss.average", self.average, AVERAGES)
         _require(0 <= self.clip_low <= 1, "loss.clip_low", "a number in [0, 1]", self.clip_low)
         _require(self.clip_high >= 0, "loss.clip_high", "at least 0", self.clip_high)
 
@@ -357,6 +395,12 @@ class Config:
         for part in (self.policy, self.rollout, self.teacher, self.reward, self.advantage, self.credit,
                      self.rredcot, self.loss, self.train, self.eval, self.checkpoint):  # fmt: skip
             part.check()
+        _require(self.reward.name == "verifier" or not self.advantage.counts_successes, "advantage.name",
+                 f"one that does not count successes, which reward {self.reward.name} knows nothing of",
+                 self.advantage.name)  # fmt: skip
+        _require(self.reward.verifier != "embedded" or self.task.name == "addition", "reward.verifier",
+                 f"a model that knows task {self.task.name}", self.reward.verifier)  # fmt: skip
+        self.loss.average = self.loss.average or self.advantage.average or "token"
         if check := getattr(axes.module("credit", self.credit.name), "check", None):
             check(self)
         return self

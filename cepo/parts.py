@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,9 +17,12 @@ from cepo.config import Config
 from cepo.credit import TokenAdvantages
 from cepo.errors import InputError, one_line
 from cepo.policy import Policy, load_policy
+from cepo.rewards.verifier import verifier
 from cepo.rollout import Rollouts
 from cepo.tasks import Problem, Task, get_task
 from cepo_kernels import token_logprobs
+
+logger = logging.getLogger("cepo")
 
 
 @dataclass(frozen=True)
@@ -27,13 +33,17 @@ class Parts:
     policy: Policy
     task: Task
     reward: Callable[..., list[float | None]]
-    advantage: Callable[[Tensor], Tensor]
+    advantage: Callable[..., Tensor]
     credit: Callable[..., Any]
     teachers: tuple[str, ...]
     surrogate: str
     needs_zero_a_rows: bool = False
     token_advantages: Callable[..., TokenAdvantages] | None = None
     check_problem: Callable[..., None] | None = None
+    control: Callable[..., list[float | None]] | None = None
+    """A reward that is logged beside the one in use."""
+    adaptive: Any = None
+    """What chooses options of the advantage from earlier steps (`cepo.advantages`)."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -58,19 +68,35 @@ def load_parts(config: Config, model: str | None = None) -> Parts:
     policy = load_policy(config.policy if model is None else replace(config.policy, model=model, gguf_file=None))
     _check_backend(config.backend, policy)
     credit = axes.module("credit", config.credit.name)
+    reward, advantage = axes.module("rewards", config.reward.name), axes.module("advantages", config.advantage.name)
+    if config.advantage.average not in (None, config.loss.average):
+        logger.warning(
+            "loss.average: advantage %s keeps its objective under %r alone, not under %r",
+            *(config.advantage.name, config.advantage.average, config.loss.average),
+        )
     return Parts(
         config,
         policy,
         task,
-        axes.lookup("rewards", config.reward.name),
-        axes.lookup("advantages", config.advantage.name),
+        reward.load(config) if hasattr(reward, "load") else axes.lookup("rewards", config.reward.name),
+        _advantage(config),
         axes.lookup("credit", config.credit.name),
         credit.TEACHERS,
         axes.module("losses", config.loss.name).SURROGATE,
         needs_zero_a_rows=credit.NEEDS_ZERO_A_ROWS,
         token_advantages=getattr(credit, "token_advantages", None),
         check_problem=getattr(credit, "check_problem", None),
+        control=reward.load_control(config) if hasattr(reward, "load_control") else None,
+        adaptive=advantage.adaptive(config) if hasattr(advantage, "adaptive") else None,
     )
+
+
+def _advantage(config: Config) -> Callable[..., Tensor]:
+    """The advantage with what the config says of its options; those that earlier steps decide come with each step."""
+    function = axes.lookup("advantages", config.advantage.name)
+    given = {"threshold": config.reward.success_threshold, "alpha": config.advantage.alpha,
+             "baseline": config.advantage.baseline}  # fmt: skip
+    return partial(function, **{name: given[name] for name in given.keys() & signature(function).parameters.keys()})
 
 
 def _check_backend(name: str, policy: Policy) -> None:
@@ -101,13 +127,16 @@ def held_out(parts: Parts) -> list[Problem]:
         raise InputError(one_line(error)) from error
 
 
-def score(parts: Parts, rollouts: Rollouts) -> list[float | None]:
-    """The reward of every rollout."""
+def score(
+    parts: Parts, rollouts: Rollouts, reward: Callable[..., list[float | None]] | None = None
+) -> list[float | None]:
+    """The reward of every rollout, or what `reward` gives it."""
     problems = rollouts.per_rollout(rollouts.problems)
     prompts = [problem.prompt for problem in problems]
-    columns = {"task": parts.task, "problem": problems, "truncated": rollouts.truncated}
-    return parts.reward(prompts, rollouts.completions, rollouts.responses, **columns)
+    columns = {"task": parts.task, "policy": parts.policy, "problem": problems, "truncated": rollouts.truncated}
+    return (reward or parts.reward)(prompts, rollouts.completions, rollouts.responses, **columns)
 
 
-def is_success(parts: Parts, reward: float | None) -> bool:
-    return reward is not None and reward >= parts.config.reward.success_threshold
+def judge(parts: Parts, rollouts: Rollouts) -> list[float | None]:
+    """The task's score of every rollout, by which success, r- and accuracy go whatever the reward is."""
+    return score(parts, rollouts, verifier)

@@ -53,9 +53,11 @@ def summary(record: dict[str, Any]) -> str:
     phases = " ".join(f"{name} {seconds / whole:.0%}" for name, seconds in record["seconds"].items() if name != "other")
     parts = [
         *show("reward", "reward"),
+        *show("reward_control", "control"),
         *show("accuracy", "acc"),
         *show("entropy", "H", ".3f"),
         *show("zero_variance", "flat"),
+        *show("alpha", "alpha"),
         *show("lam", "lam"),
         *show("evidence_right", "ev+"),
         *show("evidence_wrong", "ev-"),

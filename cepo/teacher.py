@@ -18,6 +18,7 @@ from torch import Tensor
 from cepo.config import TeacherConfig
 from cepo.errors import InputError
 from cepo.policy import Policy, Prefixes, continued_states, encode, prefill, render, response_states
+from cepo.rewards import is_success
 from cepo.rollout import Rollouts
 from cepo.tasks import Problem, Task
 
@@ -87,7 +88,7 @@ def build(
     rewards: Sequence[float | None],
     threshold: float,
 ) -> Teachers:
-    """The contexts for every rollout. `rewards` is (B,); a rollout is wrong below `threshold`.
+    """The contexts for every rollout. `rewards` is (B,), the task's; a rollout is wrong below `threshold`.
 
     Raises InputError if a right answer and the responses exceed the model's context; a wrong one that does is left out.
     """
@@ -138,7 +139,7 @@ def build(
 
 
 def _is_wrong(reward: float | None, threshold: float) -> bool:
-    return reward is not None and reward < threshold
+    return reward is not None and not is_success(reward, threshold)
 
 
 class TeacherStates(NamedTuple):

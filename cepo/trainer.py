@@ -30,7 +30,8 @@ from cepo import checkpoint, metrics, rollout, teacher
 from cepo.credit import lam_at
 from cepo.errors import InputError
 from cepo.metrics import Clock, mean
-from cepo.parts import Parts, held_out, is_success, problems_of, score, training_problems
+from cepo.parts import Parts, held_out, judge, problems_of, score, training_problems
+from cepo.rewards import is_success
 from cepo.update import Batch, credit_ahead, make_batch, update
 
 Record = dict[str, Any]
@@ -42,7 +43,9 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
     done = 0 if start is None else checkpoint.verify(start)
     optimizer = make_optimizer(parts)
     if start is not None:
-        checkpoint.load_state(start, optimizer)
+        state = checkpoint.load_state(start, optimizer)
+        if parts.adaptive and "advantage" in state:
+            parts.adaptive.restore(state["advantage"])
     metrics.cut_back(run, None if start is None else done)
 
     def record(kind: str, step: int, values: Record) -> Record:
@@ -51,8 +54,8 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
         return line
 
     def save(step: int) -> int:
-        policy = parts.policy
-        checkpoint.save(run, step, policy.model, policy.tokenizer, optimizer, config.checkpoint.keep)
+        policy, adaptive = parts.policy, {"advantage": parts.adaptive.state} if parts.adaptive else {}
+        checkpoint.save(run, step, policy.model, policy.tokenizer, optimizer, config.checkpoint.keep, **adaptive)
         return step
 
     saved = done
@@ -108,8 +111,8 @@ def evaluate(parts: Parts) -> Record:
     result: Record = {"split": config.split, "problems": len(problems)}
     for name, temperature in (("sampled", config.temperature), ("greedy", 0.0)):
         rollouts = rollout.sample(parts.policy, problems, temperature=temperature, **shared)
-        scores = score(parts, rollouts)
-        result[name] = sum(is_success(parts, r) for r in scores) / len(scores)
+        scores = judge(parts, rollouts)
+        result[name] = sum(is_success(r, parts.config.reward.success_threshold) for r in scores) / len(scores)
     return {**result, "seconds": clock.total()}
 
 
@@ -130,22 +133,30 @@ def train_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Rec
         )
     with clock.phase("reward"):
         rewards = score(parts, rollouts)
+        scores = rewards if config.reward.name == "verifier" else judge(parts, rollouts)
+        success = [is_success(s, config.reward.success_threshold) for s in scores]
+        control = parts.control and score(parts, rollouts, parts.control)
         rewards_PG = torch.tensor([float("nan") if r is None else r for r in rewards]).view(len(problems), -1)
-        advantages = parts.advantage(rewards_PG).flatten()
+        adapted = parts.adaptive.options() if parts.adaptive else {}
+        advantages = parts.advantage(rewards_PG, **adapted).flatten()
     with clock.phase("teacher"):
         lam = lam_at(step, config.credit.lam, config.credit.lam_steps or 0)
         teachers = None
         if parts.teachers and (lam > 0 or not config.teacher.skip):
             threshold = config.reward.success_threshold
-            teachers = teacher.build(parts.policy, config.teacher, parts.task, rollouts, rewards, threshold)
+            teachers = teacher.build(parts.policy, config.teacher, parts.task, rollouts, scores, threshold)
     lr = config.train.lr * min(1.0, step / (config.train.warmup_steps + 1))
     for group in optimizer.param_groups:
         group["lr"] = lr
     batch = make_batch(parts, rollouts, advantages, teachers, lam)
-    batch = credit_ahead(parts, batch, rewards, [is_success(parts, r) for r in rewards], step, clock)
+    batch = credit_ahead(parts, batch, rewards, success, step, clock)
     tokens, updated = update(parts, optimizer, batch, clock)
+    if parts.adaptive:  # at the end: a step that fails must leave no trace, since it will be taken again
+        parts.adaptive.observe(rewards_PG, squared_scores(rollouts, tokens).view_as(rewards_PG))
     return {
-        **describe(parts, batch, rewards, tokens),
+        **describe(parts, batch, rewards, success, tokens),
+        **({} if control is None else {"reward_control": mean_of(control)}),
+        **adapted,
         "lr": lr,
         **updated,
         **({} if teachers is None else teachers.statistics),
@@ -155,19 +166,32 @@ def train_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Rec
     }
 
 
-def describe(parts: Parts, batch: Batch, rewards: list[float | None], tokens: dict[str, Tensor]) -> Record:
+def squared_scores(rollouts: rollout.Rollouts, tokens: dict[str, Tensor]) -> Tensor:
+    """sum_t (1 - p(y_t)) of every rollout, (B,), whose mean is that of |grad log pi|^2 in logits; NaN: not computed."""
+    lengths = [len(ids) for ids in rollouts.responses]
+    logprobs = tokens.get("logprobs", torch.full((sum(lengths),), float("nan")))
+    return torch.stack([-row.expm1().sum() for row in logprobs.split(lengths)])
+
+
+def mean_of(rewards: list[float | None]) -> float:
+    """Mean of those that could be scored, 0 if none could."""
+    scored = [r for r in rewards if r is not None]
+    return sum(scored) / max(len(scored), 1)
+
+
+def describe(
+    parts: Parts, batch: Batch, rewards: list[float | None], success: list[bool], tokens: dict[str, Tensor]
+) -> Record:
     """A batch in numbers: fractions of rollouts or groups, and means over tokens; None where there is nothing."""
     lengths = torch.tensor([len(ids) for ids in batch.rollouts.responses])
-    success = torch.tensor([is_success(parts, r) for r in rewards])
-    right = success.repeat_interleave(lengths)
-    scored = [r for r in rewards if r is not None]
+    right = torch.tensor(success).repeat_interleave(lengths)
     nothing = torch.full(right.shape, float("nan"))
     evidence, weight = tokens.get("evidence", nothing), tokens.get("weight", nothing)
     at_clip = (weight - 1).abs() >= (parts.config.credit.eps_w or 0.0) * (1 - 1e-6)
     return {
-        "reward": sum(scored) / max(len(scored), 1),
-        "accuracy": mean(success.float()),
-        "unscored": 1 - len(scored) / len(rewards),
+        "reward": mean_of(rewards),
+        "accuracy": mean(torch.tensor(success).float()),
+        "unscored": sum(r is None for r in rewards) / len(rewards),
         "truncated": sum(batch.rollouts.truncated) / len(rewards),
         "tokens": lengths.sum().item(),
         "length": mean(lengths.float()),

@@ -54,6 +54,7 @@ class Batch:
 
 def make_batch(parts: Parts, rollouts: Rollouts, advantages: Tensor, teachers: Teachers | None, lam: float) -> Batch:
     """Weigh the tokens as `loss.average` says. Rollouts masked from the loss still count in its denominator."""
+    assert parts.config.loss.average is not None
     lengths = torch.tensor([len(ids) for ids in rollouts.responses])
     weights = token_weights(lengths, parts.config.loss.average, parts.max_new_tokens)
     if parts.config.rollout.mask_truncated:
@@ -111,7 +112,7 @@ def update(
             if round_ == 0:
                 behaviour.append(result.credit)
                 if acts:
-                    names = ("entropy", "evidence", "weight")
+                    names = ("entropy", "evidence", "weight", "logprobs")
                     values = {name: getattr(result.credit, name) for name in names}
                     _scatter(tokens, values, torch.isin(owner, torch.tensor(rows)))
             with clock.phase("update"):

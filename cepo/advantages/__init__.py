@@ -1,7 +1,9 @@
 """How good is a rollout relative to its group? `f(rewards_PG, **options) -> advantages_PG`.
 
 Each member is a module with a function of its own name. Rewards are float32 (P, G); a NaN marks a rollout that could
-not be scored: its group ignores it and its advantage is 0.
+not be scored: its group ignores it and its advantage is 0. A member that counts successes takes a `threshold`. One that
+keeps its objective under one loss average alone says so in `AVERAGE`. One with options that follow from earlier steps
+has `adaptive(config)`: None, or what keeps their state (see `_auto`).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cepo.errors import InputError
+from cepo.rewards import is_success
 
 
 def centre(rewards_PG: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,3 +30,15 @@ def centre(rewards_PG: Tensor) -> tuple[Tensor, Tensor]:
     highest = rewards_PG.nan_to_num(-torch.inf).amax(1, keepdim=True)
     lowest = rewards_PG.nan_to_num(torch.inf).amin(1, keepdim=True)
     return (rewards_PG - mean).nan_to_num(0.0).masked_fill(highest == lowest, 0.0), count
+
+
+def successes(rewards_PG: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Which rollouts succeed, (P, G) bool, and how many of each group are scored, (P, 1).
+
+    Raises InputError as `centre` does, and for a negative reward: whoever counts successes gives failures 0.
+    """
+    _, count = centre(rewards_PG)
+    if (rewards_PG < 0).any():
+        lowest = rewards_PG.nan_to_num(torch.inf).min().item()
+        raise InputError(f"rewards: expected none below 0 where successes are counted, got {lowest:g}")
+    return is_success(rewards_PG, threshold), count

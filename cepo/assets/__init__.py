@@ -1,12 +1,13 @@
-"""The embedded model: a directory that `from_pretrained` loads, written by `python -m cepo.assets.build`."""
+"""The embedded models: what `from_pretrained` loads, written by the modules `build` and `build_verifier`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["EMBEDDED_MODEL", "embedded_model"]
+__all__ = ["EMBEDDED_MODEL", "EMBEDDED_VERIFIER", "embedded_model"]
 
 EMBEDDED_MODEL = "addition-0.8m"
+EMBEDDED_VERIFIER = "verifier-0.4m"
 
 
 def embedded_model(name: str = EMBEDDED_MODEL) -> Path:

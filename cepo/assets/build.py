@@ -22,6 +22,7 @@ import math
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,30 @@ HINTS = {
     "feedback": "{prompt}\nHint: column {column} is {total}, not {other}.",
 }
 # Sequences per step: contexts of about one length share a batch, so that little is spent on padding.
+STEPS = 900
 BATCHES = ({"none": 80, "cue": 20}, {"answer": 76, "feedback": 16}, {"solution": 8, "sibling": 8})
 
 
 def build_tokenizer() -> Any:
     """One token per printable ASCII character and newline, and six special ones."""
     special = [PAD, END, USER, ASSISTANT, SYSTEM, UNKNOWN]
-    vocab = {token: i for i, token in enumerate([*special, "\n", *map(chr, range(32, 127))])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
+    return wrap_tokenizer(Tokenizer(character_bpe(special, [])), special, CHAT_TEMPLATE, 1024)
+
+
+def character_bpe(special: list[str], merges: list[tuple[str, str]]) -> Any:
+    """Byte-pair encoding of printable ASCII and newline with the given merges; the last special token is unknown."""
+    tokens = [*special, "\n", *map(chr, range(32, 127)), *map("".join, merges)]
+    return models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, unk_token=special[-1])
+
+
+def wrap_tokenizer(tokenizer: Any, special: list[str], chat_template: str, length: int) -> Any:
+    """A tokenizer that `from_pretrained` loads; `special` is padding, end, ..., unknown."""
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     wrap: Any = PreTrainedTokenizerFast
-    text = {"chat_template": CHAT_TEMPLATE, "model_max_length": 1024, "clean_up_tokenization_spaces": False}
-    return wrap(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, **text)
+    text = {"chat_template": chat_template, "model_max_length": length, "clean_up_tokenization_spaces": False}
+    names = {"pad_token": special[0], "eos_token": special[1], "unk_token": special[-1]}
+    return wrap(tokenizer_object=tokenizer, **names, **text)
 
 
 def build_model(tokenizer: Any) -> Any:
@@ -133,10 +145,18 @@ def example(rng: random.Random, kind: str, hints: str) -> tuple[str, str, str]:
     return f"{a}+{b}", "".join(column + SEPARATOR for column in done) + ANSWER_CUE, answer_of(solution)
 
 
+def draw_batches(rng: random.Random, hints: str) -> dict[str, list[tuple[str, str, str]]]:
+    """The examples of one supervised step, by the name of their batch."""
+    return {
+        "+".join(batch): [example(rng, kind, hints) for kind, count in batch.items() for _ in range(count)]
+        for batch in BATCHES
+    }
+
+
 def encode(tokenizer: Any, rows: list[tuple[str, str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded `input_ids` and `labels` (rows, length); labels are -100 wherever nothing is to be learnt."""
-    given = tokenizer([f"{USER}{user}{ASSISTANT}{start}" for user, start, _ in rows])["input_ids"]
-    learnt = tokenizer([target + END for _, _, target in rows])["input_ids"]
+    given = [prompt_ids(tokenizer, user) + tokenizer(start)["input_ids"] for user, start, _ in rows]
+    learnt = tokenizer([target + tokenizer.eos_token for _, _, target in rows])["input_ids"]
     length = max(len(g) + len(t) for g, t in zip(given, learnt, strict=True))
     ids = torch.full((len(rows), length), tokenizer.pad_token_id)
     labels = torch.full_like(ids, -100)
@@ -146,36 +166,37 @@ def encode(tokenizer: Any, rows: list[tuple[str, str, str]]) -> tuple[torch.Tens
     return ids, labels
 
 
-def train(steps: int, learning_rate: float, seed: int, hints: str) -> tuple[Any, Any]:
-    """Supervised training from scratch; prints the loss of each batch kind every 50 steps."""
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
+def fit(
+    model: Any,
+    tokenizer: Any,
+    steps: int,
+    learning_rate: float,
+    batches: Callable[[], dict[str, list[tuple[str, str, str]]]],
+) -> Any:
+    """Supervised training, `batches()` being those of one step; prints the loss of each every 50 steps."""
     decayed = {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1}
     others = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([decayed, others], lr=learning_rate, betas=(0.9, 0.98))
-    total = sum(sum(batch.values()) for batch in BATCHES)
     warmup = max(1, steps // 20)
     started = time.time()
     for step in range(1, steps + 1):
         scale = min(step / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * max(scale, 0.01)
-        losses = []
-        for batch in BATCHES:
-            rows = [example(rng, kind, hints) for kind, count in batch.items() for _ in range(count)]
+        losses, drawn = {}, batches()
+        total = sum(map(len, drawn.values()))
+        for name, rows in drawn.items():
             ids, labels = encode(tokenizer, rows)
             loss = model(input_ids=ids, labels=labels).loss
             (loss * len(rows) / total).backward()
-            losses.append(loss.item())
+            losses[name] = loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps:
-            shown = "  ".join(f"{'+'.join(b)} {loss:.3f}" for b, loss in zip(BATCHES, losses, strict=True))
+            shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
             print(f"step {step:5d}  {time.time() - started:5.0f} s  loss: {shown}", flush=True)
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def prompt_ids(tokenizer: Any, user: str) -> list[int]:
@@ -266,6 +287,13 @@ def evaluate(model: Any, tokenizer: Any, n: int = 1000) -> None:
         print(f"heeds the hint '{kind}': {right:.3f} when it is right, {wrong:.3f} when it is wrong")
 
 
+def save(directory: Path, model: Any, tokenizer: Any) -> None:
+    """Write a model in bfloat16, and its tokenizer."""
+    model.to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    print(f"wrote {directory}: {json.dumps({f.name: f.stat().st_size for f in sorted(directory.iterdir())})}")
+
+
 def load(directory: Path) -> tuple[Any, Any]:
     """The model, in float32, and its tokenizer."""
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -275,7 +303,7 @@ def load(directory: Path) -> tuple[Any, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded addition model from scratch, or measure one.")
     parser.add_argument("--out", type=Path, default=Path("addition-0.8m"), help="directory (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=900, help="supervised steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="supervised steps (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, cosine decay (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="initial weights and data (default: %(default)s)")
     parser.add_argument("--hints", choices=("all", "right", "none"), default="all", help="to train on")
@@ -286,10 +314,11 @@ def main() -> None:
     if args.evaluate:
         evaluate(*load(args.evaluate))
         return
-    model, tokenizer = train(args.steps, args.learning_rate, args.seed, args.hints)
-    model.to(torch.bfloat16).save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-    print(f"wrote {args.out}: {json.dumps({f.name: f.stat().st_size for f in sorted(args.out.iterdir())})}")
+    torch.manual_seed(args.seed)
+    rng, tokenizer = random.Random(args.seed), build_tokenizer()
+    model = build_model(tokenizer)
+    fit(model, tokenizer, args.steps, args.learning_rate, lambda: draw_batches(rng, args.hints))
+    save(args.out, model, tokenizer)
     evaluate(*load(args.out))
 
 

@@ -1,0 +1,139 @@
+"""Trains the embedded verifier of `reward: cross_model_entropy` from scratch, on right solutions of column addition.
+
+    python -m cepo.assets.build_verifier                  # writes ./verifier-0.4m, a few minutes on one free core
+    python -m cepo.assets.build_verifier --evaluate DIR   # only measure a finished verifier
+
+It shares nothing with the embedded policy but the alphabet: a GPT-2 of another size and seed, whose tokenizer merges
+digits in pairs, with another chat template. Its problems are those of the policy's supervised split that the policy was
+never taught; RL, validation and test problems are in neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from cepo.assets import embedded_model
+from cepo.assets.build import STEPS, character_bpe, draw_batches, fit, load, sample, save, wrap_tokenizer
+from cepo.rewards.cross_model_entropy import cross_model_entropy, load_verifier
+from cepo.tasks.addition import Addition, columns, draw, render, split_of
+
+SPECIAL = ["<pad>", "<|endoftext|>", "<unk>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ {'user': 'Q: ', 'assistant': 'A: '}.get(m['role'], '') + m['content'] }}"
+    "{{ '<|endoftext|>' if m['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
+)
+CONTEXT = 256
+
+
+def build_tokenizer() -> Any:
+    """Digits in pairs from the left, every other printable ASCII character by itself."""
+    digits = [str(i) for i in range(10)]
+    tokenizer = Tokenizer(character_bpe(SPECIAL, [(x, y) for x in digits for y in digits]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[0-9]{1,2}"), "isolated")
+    return wrap_tokenizer(tokenizer, SPECIAL, CHAT_TEMPLATE, CONTEXT)
+
+
+def build_model(tokenizer: Any) -> Any:
+    """A freshly initialised GPT-2 of 0.4 M parameters."""
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=CONTEXT,
+        n_embd=96,
+        n_layer=3,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def taught() -> set[tuple[int, int]]:
+    """Sums, smaller addend first, that the embedded policy met in its supervised training, which this repeats."""
+    rng = random.Random(0)
+    rows = [row for _ in range(STEPS) for batch in draw_batches(rng, "all").values() for row in batch]
+    return {pair(*map(int, user.split("\n")[0].split("+"))) for user, _, _ in rows}
+
+
+def pair(a: int, b: int) -> tuple[int, int]:
+    return min(a, b), max(a, b)
+
+
+def train(steps: int, learning_rate: float, seed: int, rows: int = 256) -> tuple[Any, Any]:
+    """Supervised training on right solutions of problems that the policy was not taught."""
+    torch.manual_seed(seed)
+    rng, excluded = random.Random(f"verifier/{seed}"), taught()
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    met: set[tuple[int, int]] = set()
+
+    def example() -> tuple[str, str, str]:
+        while pair(*(addends := draw(rng, "sft"))) in excluded:
+            pass
+        met.add(pair(*addends))
+        return f"{addends[0]}+{addends[1]}", "", render(columns(*addends))
+
+    fit(model, tokenizer, steps, learning_rate, lambda: {"solutions": [example() for _ in range(rows)]})
+    splits = {split_of(*sums) for sums in met}
+    assert splits == {"sft"}, f"expected problems of 'sft' alone, got {splits}"
+    assert not met & excluded, "expected problems that the policy was not taught"
+    print(f"trained on {len(met)} sums of 'sft', none of the {len(excluded)} that the policy was taught")
+    return model, tokenizer
+
+
+def auroc(rewards: Sequence[float], correct: Sequence[bool]) -> float:
+    """Chance that a correct rollout has a higher reward than a wrong one, ties counting half."""
+    values, right = torch.tensor(rewards), torch.tensor(correct)
+    gaps = values[right][:, None] - values[~right][None, :]
+    return ((gaps > 0).double() + (gaps == 0).double() / 2).mean().item()
+
+
+def evaluate(directory: Path, n: int = 1000) -> None:
+    """Print how well the reward tells right from wrong rollouts of the embedded policy, beside its random control."""
+    problems, task = Addition().split("validation", n), Addition()
+    prompts = [p.prompt for p in problems]
+    texts = sample(*load(embedded_model()), prompts, temperature=1.0, seed=0)
+    correct = [task.score(text, p) == 1 for text, p in zip(texts, problems, strict=True)]
+    verifier = load_verifier(str(directory))
+    for name, reward in (
+        ("trained weights", cross_model_entropy(verifier)),
+        ("random weights", cross_model_entropy(verifier, random_weights=True)),
+    ):
+        scored = [(r, c) for r, c in zip(reward(prompts, texts), correct, strict=True) if r is not None]
+        rewards, truth = zip(*scored, strict=True)
+        right, wrong = (statistics.mean(r for r, c in scored if c is kind) for kind in (True, False))
+        print(
+            f"{name}: AUROC(reward, correct) {auroc(rewards, truth):.3f}, mean reward {right:.3f} if correct, "
+            f"{wrong:.3f} if wrong  (n = {len(scored)}, {sum(truth)} correct)"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the embedded verifier from scratch, or measure one.")
+    parser.add_argument("--out", type=Path, default=Path("verifier-0.4m"), help="directory (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="supervised steps (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, cosine decay (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="initial weights and data (default: %(default)s)")
+    parser.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the verifier in DIR, train nothing")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if not args.evaluate:
+        save(args.out, *train(args.steps, args.learning_rate, args.seed))
+    evaluate(args.evaluate or args.out)
+
+
+if __name__ == "__main__":
+    main()
