@@ -136,9 +136,14 @@ def make_policy(model: Any, tokenizer: Any, compute_dtype: torch.dtype = torch.f
         options["logit_scale"] = float(config.logit_scale)
     if getattr(config, "logits_scaling", None):
         options["logit_scale"] = 1 / float(config.logits_scaling)
-    context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+    context = context_length(model)
     split = _head_is_separable(model, options, eos_ids[0])
     return Policy(model, tokenizer, tuple(eos_ids), pad_id, context, compute_dtype, split, options if split else {})
+
+
+def context_length(model: Any) -> int:
+    """Longest sequence `model` takes, in tokens, as its config says."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
 def resolve(name: str) -> str:

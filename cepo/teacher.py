@@ -8,9 +8,9 @@ context, the group has no r- and the policy takes the negative teacher's place, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,20 +45,24 @@ class Teachers:
 
 
 def wrong_answer(
-    policy: Policy, task: Task, problem: Problem, completions: Sequence[str], rewards: Sequence[float]
+    tokenizer: Any,
+    parse_answer: Callable[[str], str | None],
+    accepts: Callable[[str], bool],
+    completions: Sequence[str],
+    rewards: Sequence[float],
 ) -> WrongAnswer | None:
     """r- from the completions of one problem, all of them wrong and not truncated, or None if none is usable."""
     order = sorted(range(len(completions)), key=lambda i: rewards[i])
     for i in order:
-        answer = task.parse_answer(completions[i])
-        if answer is not None and answer.strip() and not task.accepts(answer, problem):
+        answer = parse_answer(completions[i])
+        if answer is not None and answer.strip() and not accepts(answer):
             return WrongAnswer(answer.strip(), False)
     for i in order:
         lines = completions[i].strip().splitlines()
-        if task.parse_answer(completions[i]) is None and lines:
-            ids = policy.tokenizer(lines[-1], add_special_tokens=False)["input_ids"][:LAST_LINE_TOKENS]
-            line = str(policy.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-            if line and not task.accepts(line, problem):
+        if parse_answer(completions[i]) is None and lines:
+            ids = tokenizer(lines[-1], add_special_tokens=False)["input_ids"][:LAST_LINE_TOKENS]
+            line = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            if line and not accepts(line):
                 return WrongAnswer(line, True)
     return None
 
@@ -107,8 +111,13 @@ def build(
         return _is_wrong(rewards[b], threshold) and not rollouts.truncated[b]
 
     def choose(p: int, candidates: Sequence[int]) -> WrongAnswer | None:
-        texts = [rollouts.completions[b] for b in candidates]
-        chosen = wrong_answer(policy, task, rollouts.problems[p], texts, [rewards[b] or 0.0 for b in candidates])
+        chosen = wrong_answer(
+            policy.tokenizer,
+            task.parse_answer,
+            lambda answer: task.accepts(answer, rollouts.problems[p]),
+            [rollouts.completions[b] for b in candidates],
+            [rewards[b] or 0.0 for b in candidates],
+        )
         if chosen is None:
             return None
         ids = teacher_context(policy, config, rollouts.problems[p], chosen.answer)

@@ -1,0 +1,387 @@
+"""Token credit in TRL: `CEPOTrainer` is TRL's `GRPOTrainer` whose advantages carry credit, and in all else the same.
+
+Two methods are overridden. `_calculate_rewards` remembers what was scored. `_generate_and_score_completions` then turns
+the advantages (B,) into A ((1 - lam) + lam w), (B, T), which every `loss_type` takes; w comes from the log-probs of the
+completions after prompts that state a right and a wrong answer (`cepo.teacher`), computed by TRL's own method, so at
+its temperature, in its precision and chunks, with its images. Evidence belongs to the policy that generated, once per
+generation batch. In evaluation there is no credit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from cepo import axes
+from cepo.config import HINT, SPLICE, CreditConfig, TeacherConfig
+from cepo.credit import lam_at
+from cepo.errors import InputError
+from cepo.policy import context_length
+from cepo.tasks._answers import final_answer, same_answer
+from cepo.teacher import WrongAnswer, wrong_answer
+from cepo_kernels import contrastive_credit
+
+LEAST, BELOW = "1.15", "1.17"
+_WANTED = f"cepo.integrations.trl: expected TRL >= {LEAST}, < {BELOW} (pip install 'trl>={LEAST},<{BELOW}'), got"
+
+try:
+    import trl
+    from accelerate.utils import gather_object
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.utils import pad, split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+except ImportError as error:
+    raise ImportError(f"{_WANTED}: {error}") from error
+if not Version(LEAST) <= Version(trl.__version__) < Version(BELOW):
+    raise ImportError(f"{_WANTED} {trl.__version__}")
+
+CREDITS = ("cepo", "rlsd", "uniform")
+ANSWER_COLUMNS = ("answer", "solution")
+IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes",
+          "image_position_ids", "num_images", "num_tiles")  # fmt: skip
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+
+
+def _field(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class CEPOConfig(GRPOConfig):  # type: ignore[misc]
+    """TRL's `GRPOConfig`, and which credit is given how. Raises InputError, a ValueError, for the first bad value."""
+
+    credit: str = _field("cepo", "Which tokens earned the reward: cepo, rlsd, or uniform, which is GRPO.")
+    lam: float = _field(0.5, "How much of the advantage the credit decides in the first step, in [0, 1].")
+    lam_steps: int | None = _field(
+        None, "Optimiser steps over which that falls to 0; 0: never; None: as published (cepo 25, rlsd 50)."
+    )
+    eps_w: float | None = _field(
+        None, "The weight is clipped to [1 - eps_w, 1 + eps_w]; None: as published (cepo 0.5, rlsd 0.2)."
+    )
+    template: str = _field("hint", "hint (a sentence in the last user turn) or splice (text after the prompt).")
+    hint: str = _field(HINT, "That turn under hint; {prompt} and {answer} are filled in.")
+    splice: str = _field(SPLICE, "The text under splice; {answer} is filled in.")
+    answer_column: str | None = _field(
+        None, "Column of the data set that holds the right answer; None: answer or solution, whichever there is."
+    )
+    success_threshold: float = _field(1.0, "A rollout is right from this reward on (the weighted sum, as TRL logs it).")
+    skip_teachers: bool = _field(
+        True, "Leave out the teacher passes that cannot matter (A = 0, lam = 0); False only to check that."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.credit not in CREDITS:
+            raise InputError(f"credit: expected one of {', '.join(CREDITS)}, got {self.credit!r}")
+        checked = CreditConfig(self.credit, lam=self.lam, lam_steps=self.lam_steps, eps_w=self.eps_w)
+        try:
+            checked.check()
+            TeacherConfig(template=self.template, hint=self.hint, splice=self.splice).check()
+        except InputError as error:  # theirs are fields of a section
+            raise InputError(str(error).partition(".")[2]) from error
+        self.lam_steps, self.eps_w = checked.lam_steps, checked.eps_w
+
+
+class Scored(NamedTuple):
+    """What `_calculate_rewards` saw: this process' B rollouts, and the rewards of all processes', (W,)."""
+
+    examples: Sequence[dict[str, Any]]
+    prompts: Sequence[Any]
+    completions: Sequence[Any]
+    completion_ids: Sequence[Sequence[int]]
+    rewards: Tensor
+
+
+class Contexts(NamedTuple):
+    """What B completions are read after, and the token types of models with images by their name."""
+
+    ids: list[list[int]]
+    types: dict[str, list[list[int]]]
+
+
+class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
+    """TRL's `GRPOTrainer` with token credit (CEPO, arXiv 2605.19436; RLSD, arXiv 2604.03128).
+
+    Args:
+        model, reward_funcs, args, ...: as for `GRPOTrainer`, but `args` is a `CEPOConfig`.
+        parse_answer: the answer that a completion's text states, or None; default: the last one marked as such.
+        accepts: `f(answer, right_answer) -> bool`, whether the two are the same; default: as numbers, else as text.
+
+    Raises:
+        InputError: no right answer in the data, or one too long for the model's context.
+    """
+
+    _tag_names = ("trl", "grpo", "cepo")
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: CEPOConfig | None = None,
+        *others: Any,
+        parse_answer: Callable[[str], str | None] = final_answer,
+        accepts: Callable[[str, str], bool] = same_answer,
+        **options: Any,
+    ) -> None:
+        if not isinstance(args, CEPOConfig):
+            raise TypeError(f"args: expected a CEPOConfig, got {type(args).__name__}")
+        super().__init__(model, reward_funcs, args, *others, **options)
+        self._parse_answer, self._accepts = parse_answer, accepts
+        self._teachers: tuple[str, ...] = axes.module("credit", args.credit).TEACHERS
+        self._context = context_length(self.model)
+        self._scored: Scored | None = None
+        if self._teachers and (columns := getattr(self.train_dataset, "column_names", None)):
+            self._right_answer(dict.fromkeys(columns, ""))
+
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any, *others: Any
+    ) -> Tensor:
+        per_function: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list, *others)
+        rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
+        rewards[per_function.isnan().all(dim=1)] = float("nan")
+        self._scored = Scored(inputs, prompts, completions, completion_ids_list, rewards)
+        return per_function
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        output = super()._generate_and_score_completions(inputs)
+        scored, self._scored = self._scored, None
+        assert scored is not None
+        if not self.model.training:
+            return output
+        start = time.perf_counter()
+        lam = lam_at(self.state.global_step + 1, self.args.lam, self.args.lam_steps)
+        if self._teachers and (lam > 0 or not self.args.skip_teachers):
+            self._add_credit(output, scored, lam)
+        self._log("lam", lam)
+        self._log("teacher_seconds", time.perf_counter() - start)
+        return output
+
+    def _add_credit(self, output: dict[str, Any], scored: Scored, lam: float) -> None:
+        """Put (B, T) advantages into `output`, unless they are 0 in every process."""
+        advantages, mask = output["advantages"], output["completion_mask"].bool()
+        live = torch.ones_like(mask[:, 0])
+        if self.args.skip_teachers:
+            live = (advantages != 0) & mask.any(dim=1)
+        if not self._most(live.sum()):
+            return
+        rows = live.nonzero().flatten().tolist()
+        right = [self._right_answer(example) for example in scored.examples]
+        longest, wrong = zip(*self._wrong_answers(scored, right), strict=True)
+        policy = self._policy_contexts(output)
+        positive = self._teacher_contexts(policy, scored.prompts, right)
+        for b in rows:
+            if len(positive.ids[b]) + longest[b] > self._context:
+                raise InputError(
+                    f"teacher context of answer {right[b][:40]!r}: expected at most {self._context} tokens, the "
+                    f"model's context, got {len(positive.ids[b])} + {longest[b]} of the completion"
+                )
+        negative = positive
+        if any(wrong):
+            told = [answer if chosen is None else chosen.answer for chosen, answer in zip(wrong, right, strict=True)]
+            negative = self._teacher_contexts(policy, scored.prompts, told)
+        has_negative = [
+            chosen is not None and len(ids) + length <= self._context
+            for chosen, ids, length in zip(wrong, negative.ids, longest, strict=True)
+        ]
+        credit: Any = contrastive_credit(
+            self._logprobs(output, positive, rows),
+            self._logprobs(output, negative, [b for b in rows if has_negative[b]]),
+            advantages[:, None],
+            policy_logprobs=self._logprobs(output, policy, [b for b in rows if not has_negative[b]]),
+            negative_mask=torch.tensor(has_negative, device=mask.device)[:, None],
+            lam=lam,
+            eps_w=self.args.eps_w,
+        )
+        output["advantages"] = credit.advantages
+
+        tokens = mask & live[:, None] & output.get("tool_mask", mask).bool()
+        here = self.accelerator.process_index * len(right)
+        rewards = scored.rewards[here : here + len(right), None]
+        means: dict[str, tuple[Any, Tensor]] = {
+            "weight": (credit.weight, tokens),
+            "weight_clipped": ((credit.weight - 1).abs() >= self.args.eps_w * (1 - 1e-6), tokens),
+            "evidence_right": (credit.evidence, tokens & (rewards >= self.args.success_threshold)),
+            "evidence_wrong": (credit.evidence, tokens & (rewards < self.args.success_threshold)),
+        }
+        if "negative" in self._teachers:
+            same = [one == other for one, other in zip(positive.ids, negative.ids, strict=True)]
+            flags = {
+                "missing": [not there for there in has_negative],
+                "last_line": [chosen is not None and chosen.last_line for chosen in wrong],
+                "same_as_positive": [a and b for a, b in zip(has_negative, same, strict=True)],
+            }
+            means |= {f"negative_{name}": (torch.tensor(f, device=mask.device), live) for name, f in flags.items()}
+        self._log_means(means)
+
+    def _right_answer(self, example: dict[str, Any]) -> str:
+        wanted = ANSWER_COLUMNS if self.args.answer_column is None else (self.args.answer_column,)
+        for name in wanted:
+            if example.get(name) is not None:
+                return str(example[name])
+        raise InputError(
+            f"answer_column: expected the right answer in column {' or '.join(wanted)}, got {sorted(example)}, "
+            "where it is missing or None (remove_unused_columns would drop it)"
+        )
+
+    def _wrong_answers(self, scored: Scored, right: Sequence[str]) -> list[tuple[int, WrongAnswer | None]]:
+        """For each of B rollouts the length of its group's longest completion, in tokens, and its group's r-.
+
+        A group may have members in several processes, so all are gathered.
+        """
+        ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        everyone = gather_object(
+            [
+                (_text(completion), len(ids), bool(ids) and ids[-1] in ends)
+                for completion, ids in zip(scored.completions, scored.completion_ids, strict=True)
+            ]
+        )
+        rewards = scored.rewards.tolist()
+
+        @cache
+        def of_group(group: int, answer: str) -> tuple[int, WrongAnswer | None]:
+            members = range(group * self.num_generations, (group + 1) * self.num_generations)
+            longest = max(everyone[m][1] for m in members)
+            if "negative" not in self._teachers:
+                return longest, None
+            usable = [m for m in members if rewards[m] < self.args.success_threshold and everyone[m][2]]
+            return longest, wrong_answer(
+                self._tokenizer,
+                self._parse_answer,
+                lambda stated: self._accepts(stated, answer),
+                [everyone[m][0] for m in usable],
+                [rewards[m] for m in usable],
+            )
+
+        first = self.accelerator.process_index * len(right)
+        return [of_group((first + b) // self.num_generations, answer) for b, answer in enumerate(right)]
+
+    def _policy_contexts(self, output: dict[str, Any]) -> Contexts:
+        keep = output["prompt_mask"].bool()
+
+        def unpadded(values: Tensor) -> list[list[int]]:
+            return [row[kept].tolist() for row, kept in zip(values[:, : keep.shape[1]], keep, strict=True)]
+
+        types = {name: unpadded(output[name]) for name in TOKEN_TYPES if name in output}
+        return Contexts(unpadded(output["prompt_ids"]), types)
+
+    def _teacher_contexts(self, policy: Contexts, prompts: Sequence[Any], answers: Sequence[str]) -> Contexts:
+        """The prompts with `answers` in them: under hint rendered anew as one text, under splice followed by it."""
+        if self.args.template == "hint":
+            told = [_hinted(self.args.hint, *pair) for pair in zip(prompts, answers, strict=True)]
+            ids, _, fields = self._tokenize_prompts(told)
+            types = {name: [list(map(int, row)) for row in fields[name]] for name in TOKEN_TYPES if name in fields}
+            return Contexts(ids, types)
+        texts = [self.args.splice.format(answer=answer) for answer in answers]
+        added = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        return Contexts(
+            [[*ids, *more] for ids, more in zip(policy.ids, added, strict=True)],
+            {
+                name: [[*row, *[0] * len(more)] for row, more in zip(rows, added, strict=True)]
+                for name, rows in policy.types.items()
+            },
+        )
+
+    def _logprobs(self, output: dict[str, Any], contexts: Contexts, rows: list[int]) -> Tensor:
+        """Log-probs of the completions of `rows` after their contexts: (B, T) float32, 0 where there is nothing.
+
+        Every process calls it, and makes as many passes as the one with the most rows: those of a sharded model meet.
+        """
+        mask, size = output["completion_mask"], self.args.per_device_train_batch_size
+        result = torch.zeros(mask.shape, device=mask.device)
+        passes = -(-self._most(torch.tensor(len(rows), device=mask.device)) // size)
+        if not passes:
+            return result
+        used = rows + [rows[0] if rows else 0] * max((passes - 1) * size + 1 - len(rows), 0)
+
+        def left(values: list[list[int]], fill: int) -> Tensor:
+            rows_ = [torch.tensor(values[b]) for b in used]
+            padded: Tensor = pad(rows_, fill, padding_side="left", pad_to_multiple_of=self.pad_to_multiple_of)
+            return padded.to(mask.device)
+
+        def whole(before: Tensor, within: Tensor) -> Tensor:
+            return torch.cat([before, within[used][:, -mask.shape[1] :]], dim=1)
+
+        inputs = _rows_of_images(output, used)
+        for name in TOKEN_TYPES:
+            if name in output:
+                types = contexts.types.get(name) or [[0] * len(ids) for ids in contexts.ids]
+                inputs[name] = whole(left(types, 0), output[name])
+        ids = whole(left(contexts.ids, self._tokenizer.pad_token_id), output["completion_ids"])
+        attention = whole(left([[1] * len(ids) for ids in contexts.ids], 0), mask)
+        with torch.no_grad(), _evaluating(self.model):
+            logprobs, *_ = self._get_per_token_logps_and_entropies(
+                self.model, ids, attention, mask.shape[1], batch_size=size, **inputs
+            )
+        result[rows] = logprobs[: len(rows)].float()
+        return result.where(mask.bool(), 0.0)
+
+    def _most(self, count: Tensor) -> int:
+        """The largest `count` of all processes."""
+        return int(self.accelerator.gather(count.reshape(1)).max())
+
+    def _log(self, name: str, value: float) -> None:
+        self._metrics["train"][f"cepo/{name}"].append(value)
+
+    def _log_means(self, means: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Log the mean of each tensor where its mask is True, over all processes; NaN, which TRL skips, if nowhere."""
+        sums = [x for value, mask in means.values() for x in (value.double().where(mask, 0.0).sum(), mask.sum())]
+        totals = self.accelerator.gather(torch.stack(sums)[None]).sum(dim=0).view(-1, 2)
+        for name, (total, count) in zip(means, totals.tolist(), strict=True):
+            self._log(name, total / count if count else float("nan"))
+
+
+def _rows_of_images(output: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """The images of `rows`, as TRL cuts and joins them itself."""
+    given = {name: output[name] for name in IMAGES if output.get(name) is not None}
+    chosen = {
+        name: value[rows] if isinstance(value, Tensor) else [value[b] for b in rows]
+        for name, value in split_pixel_values_by_grid(given).items()
+    }
+    merged: dict[str, Any] = unsplit_pixel_values_by_grid(chosen)
+    return merged
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off: teachers are compared token by token. It also leaves the random numbers where they were."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:  # train() would reach frozen ones too
+            module.training = True
+
+
+def _hinted(hint: str, prompt: Any, answer: str) -> Any:
+    """`prompt`, a text or a list of messages, with the hint around the text of its last user turn."""
+    if isinstance(prompt, str):
+        return hint.format(prompt=prompt, answer=answer)
+    turns = [i for i, message in enumerate(prompt) if message["role"] == "user"]
+    if not turns:
+        raise InputError(f"prompt: expected a user turn for the hint, got roles {[m['role'] for m in prompt]}")
+    message = prompt[turns[-1]]
+    content = message["content"]
+    if isinstance(content, str):
+        content = hint.format(prompt=content, answer=answer)
+    else:
+        texts = [i for i, part in enumerate(content) if part["type"] == "text"]
+        at = texts[-1] if texts else len(content)
+        text = content[at]["text"] if texts else ""
+        content = [*content[:at], {"type": "text", "text": hint.format(prompt=text, answer=answer)}, *content[at + 1 :]]
+    return [*prompt[: turns[-1]], {**message, "content": content}, *prompt[turns[-1] + 1 :]]
+
+
+def _text(completion: Any) -> str:
+    """The text of a completion: of its last message, if it is a list of them."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1].get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
