@@ -29,7 +29,7 @@ from cepo.tasks._answers import final_answer, same_answer
 from cepo.teacher import WrongAnswer, wrong_answer
 from cepo_kernels import contrastive_credit
 
-LEAST, BELOW = "1.15", "1.17"
+LEAST, BELOW = "1.16", "1.17"
 _WANTED = f"cepo.integrations.trl: expected TRL >= {LEAST}, < {BELOW} (pip install 'trl>={LEAST},<{BELOW}'), got"
 
 try:
