@@ -128,16 +128,14 @@ def test_without_credit_it_is_grpo_bit_for_bit(tmp_path: Path, options: dict[str
 
 
 def count_passes(trainer: Any) -> list[int]:
-    """The number of rows of every pass in evaluation mode."""
+    """The number of rows of every pass through the model for log-probs in evaluation mode."""
     passes: list[int] = []
-    original = trainer._get_per_token_logps_and_entropies
 
-    def counted(model: Any, ids: torch.Tensor, *others: Any, **options: Any) -> Any:
-        if not model.training:
-            passes.append(len(ids))
-        return original(model, ids, *others, **options)
+    def count(model: Any, _: Any, options: dict[str, Any]) -> None:
+        if options.get("fused_lm_head") and not model.training:
+            passes.append(len(options["input_ids"]))
 
-    trainer._get_per_token_logps_and_entropies = counted
+    trainer.model.register_forward_pre_hook(count, with_kwargs=True)
     return passes
 
 
@@ -378,7 +376,7 @@ def run_processes(folder: Path) -> None:
     )  # fmt: skip
     trainer = Watched(
         policy.model, correct, config, Dataset.from_list(DATA[:3]), processing_class=policy.tokenizer,
-        parse_answer=parse, rollout_func=say(RIGHT, WRONG, OTHER, RIGHT, RIGHT, RIGHT),
+        parse_answer=parse, rollout_func=say(WRONG, RIGHT, OTHER, RIGHT, RIGHT, RIGHT),
     )  # fmt: skip
     trainer.train()
     state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
@@ -397,8 +395,8 @@ def test_groups_may_straddle_processes(tmp_path: Path) -> None:
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     assert torch.allclose(torch.cat([first["advantages"], second["advantages"]]), one["advantages"], atol=1e-5)
     assert one["advantages"].unique(dim=1).shape[1] > 1
-    # Three rollouts of the first process need teachers, one of the second: it takes part in three passes all the same.
-    assert len(first["passes"]) == len(second["passes"])
+    # Three rollouts of the first process need teachers, one of the second: it takes part in all passes.
+    assert first["passes"] == second["passes"] == [1] * 6
     for name, value in one["metrics"].items():
         if name != "cepo/teacher_seconds":
             assert first["metrics"][name] == second["metrics"][name] == pytest.approx(value, abs=1e-5)

@@ -320,7 +320,7 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 self.model, ids, attention, mask.shape[1], batch_size=size, **inputs
             )
         result[rows] = logprobs[: len(rows)].float()
-        return result.where(mask.bool(), 0.0)
+        return result
 
     def _most(self, count: Tensor) -> int:
         """The largest `count` of all processes."""
