@@ -63,8 +63,7 @@ def make(
 ) -> Any:  # fmt: skip
     """A trainer of the tiny policy; `options` go to its config, `more` to the trainer."""
     policy = tiny_policy()
-    if kind is CEPOTrainer:
-        more = {"parse_answer": parse, **(more or {})}
+    parts = {"processing_class": policy.tokenizer, **({"parse_answer": parse} if kind is CEPOTrainer else {})}
     settings = {
         "output_dir": str(folder), "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True,
         "per_device_train_batch_size": 2 * GROUP, "num_generations": GROUP, "max_completion_length": 8,
@@ -72,14 +71,14 @@ def make(
     }  # fmt: skip
     config = (CEPOConfig if kind is CEPOTrainer else GRPOConfig)(**{**settings, **options})
     dataset = Dataset.from_list(list(data))
-    return kind(model or policy.model, reward, config, dataset, processing_class=policy.tokenizer, **(more or {}))
+    return kind(model or policy.model, reward, config, dataset, **{**parts, **(more or {})})
 
 
 def say(*completions: str) -> Any:
     """A rollout function that says these things, over and over; all but `CUT` end."""
 
     def rollout(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
-        tokenizer, first = trainer.processing_class, trainer.accelerator.process_index * len(prompts)
+        tokenizer, first = trainer._tokenizer, trainer.accelerator.process_index * len(prompts)
         ids = []
         for i in range(len(prompts)):
             text = completions[(first + i) % len(completions)]
