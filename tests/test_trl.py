@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -346,6 +348,34 @@ def test_lora_trains(tmp_path: Path) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(adapters, now, strict=True))
 
 
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def train_one_step(self: Any) -> None:
+        self.args.max_steps = 1
+        seen.append(self)
+        GRPOTrainer.train(self)
+
+    monkeypatch.setattr(CEPOTrainer, "train", train_one_step)
+    monkeypatch.chdir(tmp_path)
+    example = Path(__file__).parent.parent / "examples" / "trl" / "train.py"
+    runpy.run_path(str(example))
+    assert logged(seen[0], "cepo/evidence_right")[0] > 0.1 > -0.1 > logged(seen[0], "cepo/evidence_wrong")[0]
+    code = example.read_text().split('"""')[2].splitlines()
+    assert sum(bool(line) for line in code) <= 12
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"pad_to_multiple_of": 8}, {"beta": 0.1}])
+def test_other_settings_train(tmp_path: Path, options: dict[str, Any]) -> None:
+    policy = tiny_policy()
+    policy.model.save_pretrained(tmp_path / "model")
+    policy.tokenizer.save_pretrained(tmp_path / "model")
+    trainer = make(tmp_path, model=str(tmp_path / "model"), **options)
+    trainer.train()
+    assert logged(trainer, "cepo/weight")[0] != 1
+    assert all(loss == loss for loss in logged(trainer, "loss"))
+
+
 class Watched(CEPOTrainer):
     """Keeps what goes to the loss, and counts the teacher passes."""
 
@@ -362,8 +392,6 @@ class Watched(CEPOTrainer):
 
 def run_processes(folder: Path) -> None:
     """Six rollouts of three groups of two, however many processes there are; the last group needs no teacher."""
-    import os
-
     torch.set_num_threads(1)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     policy = tiny_policy()

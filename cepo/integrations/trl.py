@@ -90,13 +90,16 @@ class CEPOConfig(GRPOConfig):  # type: ignore[misc]
 
 
 class Scored(NamedTuple):
-    """What `_calculate_rewards` saw: this process' B rollouts, and the rewards of all processes', (W,)."""
+    """What `_calculate_rewards` saw: this process' B rollouts, and the rewards of all processes'."""
 
+    first: int
+    """Where this process' rollouts begin among all."""
     examples: Sequence[dict[str, Any]]
     prompts: Sequence[Any]
     completions: Sequence[Any]
     completion_ids: Sequence[Sequence[int]]
     rewards: Tensor
+    """(W,), the weighted sum; NaN: not scored."""
 
 
 class Contexts(NamedTuple):
@@ -111,7 +114,8 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     Args:
         model, reward_funcs, args, ...: as for `GRPOTrainer`, but `args` is a `CEPOConfig`.
-        parse_answer: the answer that a completion's text states, or None; default: the last one marked as such.
+        parse_answer: the answer that a completion's text states, or None; default: the last one marked as such, or the
+            only line.
         accepts: `f(answer, right_answer) -> bool`, whether the two are the same; default: as numbers, else as text.
 
     Raises:
@@ -140,21 +144,21 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if self._teachers and (columns := getattr(self.train_dataset, "column_names", None)):
             self._right_answer(dict.fromkeys(columns, ""))
 
-    def _calculate_rewards(
-        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any, *others: Any
-    ) -> Tensor:
-        per_function: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list, *others)
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        per_function: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
         rewards[per_function.isnan().all(dim=1)] = float("nan")
-        self._scored = Scored(inputs, prompts, completions, completion_ids_list, rewards)
+        first = self.accelerator.process_index * len(prompts)
+        self._scored = Scored(first, inputs, prompts, completions, completion_ids_list, rewards)
         return per_function
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
+        training = self.model.training
         output = super()._generate_and_score_completions(inputs)
         scored, self._scored = self._scored, None
-        assert scored is not None
-        if not self.model.training:
+        if not training:
             return output
+        assert scored is not None
         start = time.perf_counter()
         lam = lam_at(self.state.global_step + 1, self.args.lam, self.args.lam_steps)
         if self._teachers and (lam > 0 or not self.args.skip_teachers):
@@ -190,20 +194,20 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
             chosen is not None and len(ids) + length <= self._context
             for chosen, ids, length in zip(wrong, negative.ids, longest, strict=True)
         ]
+        told_wrong = torch.tensor(has_negative, device=mask.device)
         credit: Any = contrastive_credit(
             self._logprobs(output, positive, rows),
             self._logprobs(output, negative, [b for b in rows if has_negative[b]]),
             advantages[:, None],
             policy_logprobs=self._logprobs(output, policy, [b for b in rows if not has_negative[b]]),
-            negative_mask=torch.tensor(has_negative, device=mask.device)[:, None],
+            negative_mask=told_wrong[:, None],
             lam=lam,
             eps_w=self.args.eps_w,
         )
         output["advantages"] = credit.advantages
 
         tokens = mask & live[:, None] & output.get("tool_mask", mask).bool()
-        here = self.accelerator.process_index * len(right)
-        rewards = scored.rewards[here : here + len(right), None]
+        rewards = scored.rewards[scored.first : scored.first + len(right), None]
         means: dict[str, tuple[Any, Tensor]] = {
             "weight": (credit.weight, tokens),
             "weight_clipped": ((credit.weight - 1).abs() >= self.args.eps_w * (1 - 1e-6), tokens),
@@ -211,13 +215,13 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
             "evidence_wrong": (credit.evidence, tokens & (rewards < self.args.success_threshold)),
         }
         if "negative" in self._teachers:
-            same = [one == other for one, other in zip(positive.ids, negative.ids, strict=True)]
-            flags = {
-                "missing": [not there for there in has_negative],
-                "last_line": [chosen is not None and chosen.last_line for chosen in wrong],
-                "same_as_positive": [a and b for a, b in zip(has_negative, same, strict=True)],
+            last_line = [chosen is not None and chosen.last_line for chosen in wrong]
+            same = [ids == others for ids, others in zip(positive.ids, negative.ids, strict=True)]
+            means |= {
+                "negative_missing": (~told_wrong, live),
+                "negative_last_line": (told_wrong & torch.tensor(last_line, device=mask.device), live),
+                "negative_same_as_positive": (told_wrong & torch.tensor(same, device=mask.device), live),
             }
-            means |= {f"negative_{name}": (torch.tensor(f, device=mask.device), live) for name, f in flags.items()}
         self._log_means(means)
 
     def _right_answer(self, example: dict[str, Any]) -> str:
@@ -259,8 +263,7 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 [rewards[m] for m in usable],
             )
 
-        first = self.accelerator.process_index * len(right)
-        return [of_group((first + b) // self.num_generations, answer) for b, answer in enumerate(right)]
+        return [of_group((scored.first + b) // self.num_generations, answer) for b, answer in enumerate(right)]
 
     def _policy_contexts(self, output: dict[str, Any]) -> Contexts:
         keep = output["prompt_mask"].bool()
@@ -278,15 +281,15 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
             ids, _, fields = self._tokenize_prompts(told)
             types = {name: [list(map(int, row)) for row in fields[name]] for name in TOKEN_TYPES if name in fields}
             return Contexts(ids, types)
-        texts = [self.args.splice.format(answer=answer) for answer in answers]
-        added = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        return Contexts(
-            [[*ids, *more] for ids, more in zip(policy.ids, added, strict=True)],
-            {
-                name: [[*row, *[0] * len(more)] for row, more in zip(rows, added, strict=True)]
-                for name, rows in policy.types.items()
-            },
-        )
+        added = [
+            self._tokenizer(self.args.splice.format(answer=answer), add_special_tokens=False)["input_ids"]
+            for answer in answers
+        ]
+        types = {
+            name: [row + [0] * len(more) for row, more in zip(rows, added, strict=True)]
+            for name, rows in policy.types.items()
+        }
+        return Contexts([ids + more for ids, more in zip(policy.ids, added, strict=True)], types)
 
     def _logprobs(self, output: dict[str, Any], contexts: Contexts, rows: list[int]) -> Tensor:
         """Log-probs of the completions of `rows` after their contexts: (B, T) float32, 0 where there is nothing.
@@ -301,8 +304,8 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
         used = rows + [rows[0] if rows else 0] * max((passes - 1) * size + 1 - len(rows), 0)
 
         def left(values: list[list[int]], fill: int) -> Tensor:
-            rows_ = [torch.tensor(values[b]) for b in used]
-            padded: Tensor = pad(rows_, fill, padding_side="left", pad_to_multiple_of=self.pad_to_multiple_of)
+            chosen = [torch.tensor(values[b]) for b in used]
+            padded: Tensor = pad(chosen, fill, padding_side="left", pad_to_multiple_of=self.pad_to_multiple_of)
             return padded.to(mask.device)
 
         def whole(before: Tensor, within: Tensor) -> Tensor:
