@@ -156,12 +156,12 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
         training = self.model.training
         output = super()._generate_and_score_completions(inputs)
         scored, self._scored = self._scored, None
-        if not training:
+        if not training or not self._teachers:
             return output
         assert scored is not None
         start = time.perf_counter()
         lam = lam_at(self.state.global_step + 1, self.args.lam, self.args.lam_steps)
-        if self._teachers and (lam > 0 or not self.args.skip_teachers):
+        if lam > 0 or not self.args.skip_teachers:
             self._add_credit(output, scored, lam)
         self._log("lam", lam)
         self._log("teacher_seconds", time.perf_counter() - start)
