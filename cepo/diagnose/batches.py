@@ -1,0 +1,138 @@
+"""Batches as training would see them, and the same batch under every method's credit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from cepo import axes, rollout, teacher
+from cepo.config import CreditConfig
+from cepo.metrics import Clock
+from cepo.parts import Parts, held_out, is_success, score
+from cepo.rollout import Rollouts
+from cepo.tasks import Problem
+from cepo.update import Batch, make_batch, policy_loss
+
+Reading = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rollouts, their rewards and their advantages, (B,)."""
+
+    rollouts: Rollouts
+    rewards: list[float | None]
+    advantages: Tensor
+    first: int = 0
+    """Number of its first problem among all that are looked at."""
+
+    def problem_of_rollouts(self) -> Tensor:
+        """(B,) int64, the numbers of their problems."""
+        count = len(self.rollouts.problems)
+        return self.first + torch.arange(count).repeat_interleave(self.rollouts.group_size)
+
+
+def collect(parts: Parts, problems: Sequence[Problem], key: tuple[int, int]) -> Scored:
+    """Roll out and score `problems` with the noise of `key`, (seed, step), as a training step does."""
+    config = parts.config.rollout
+    rollouts = rollout.sample(
+        parts.policy,
+        problems,
+        group_size=config.group_size,
+        max_new_tokens=parts.max_new_tokens,
+        temperature=config.temperature,
+        key=key,
+        batch_size=config.batch_size,
+    )
+    rewards = score(parts, rollouts)
+    rewards_PG = torch.tensor([float("nan") if r is None else r for r in rewards]).view(len(problems), -1)
+    return Scored(rollouts, rewards, parts.advantage(rewards_PG).flatten())
+
+
+def collect_held_out(parts: Parts) -> Iterator[Scored]:
+    """All held-out problems, as many at a time as a training step has."""
+    problems, size = held_out(parts), parts.config.rollout.prompts
+    for i in range(0, len(problems), size):
+        yield replace(collect(parts, problems[i : i + size], (parts.config.eval.seed, i)), first=i)
+
+
+def methods(parts: Parts, eps_w: float | None) -> dict[str, Parts]:
+    """`parts` with each credit that is made from three rows of logits; with each kind of r- where it reads one."""
+    found: dict[str, Parts] = {}
+    for name in axes.members("credit"):
+        module = axes.module("credit", name)
+        if hasattr(module, "token_advantages"):  # made by passes of its own, before the update
+            continue
+        credit = CreditConfig(name, parts.config.credit.lam, eps_w=eps_w)
+        credit.check()
+        for negative in ("group", "own") if "negative" in module.TEACHERS else ("group",):
+            told = replace(parts.config.teacher, negative=negative)
+            config = replace(parts.config, credit=credit, teacher=told)
+            label = name if negative == "group" else f"{name}, own r-"
+            found[label] = replace(parts, config=config, credit=axes.lookup("credit", name), teachers=module.TEACHERS)
+    return found
+
+
+def batch_of(parts: Parts, scored: Scored) -> Batch:
+    """What an update by the method of `parts` would learn from."""
+    config, teachers = parts.config, None
+    if parts.teachers:
+        teachers = teacher.build(
+            parts.policy, config.teacher, parts.task, scored.rollouts, scored.rewards, config.reward.success_threshold
+        )
+    return make_batch(parts, scored.rollouts, scored.advantages, teachers, config.credit.lam)
+
+
+def successes(parts: Parts, scored: Scored) -> Tensor:
+    """(B,) bool."""
+    return torch.tensor([is_success(parts, r) for r in scored.rewards])
+
+
+def reads(batch: Batch) -> Tensor:
+    """Rollouts that an update reads for credit, (B,) bool."""
+    return (batch.advantages != 0) & (batch.weights > 0)
+
+
+def read(parts: Parts, batch: Batch, chosen: Tensor, *, backward: bool = False) -> list[Reading]:
+    """Take the chosen rollouts, (B,) bool, through the passes of an update by the method of `parts`.
+
+    Returns logprobs, entropy, evidence and weight of each chosen rollout, those which the method has, (T,) each. With
+    `backward` the loss' gradient is added to that of the model.
+    """
+    size = (parts.config.train.prompts_per_pass or len(batch.rollouts.problems)) * batch.rollouts.group_size
+    readings: list[Reading] = []
+    for _, group in groupby(chosen.nonzero().flatten().tolist(), lambda b: b // size):
+        rows = list(group)
+        with torch.set_grad_enabled(backward):
+            result = policy_loss(parts, batch, rows, None, Clock(parts.policy.device))
+        if backward:
+            result.loss.backward()
+        packed = {name: getattr(result.credit, name) for name in ("logprobs", "entropy", "evidence", "weight")}
+        lengths = [len(ids) for ids in batch.responses(rows)]
+        pieces = {name: x.detach().cpu().split(lengths) for name, x in packed.items() if x is not None}
+        readings += [{name: of[i] for name, of in pieces.items()} for i in range(len(rows))]
+    return readings
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A batch as each method sees it."""
+
+    scored: Scored
+    batches: dict[str, Batch]
+    rows: list[int]
+    """The R rollouts that an update reads."""
+    readings: dict[str, list[Reading]]
+    """(R,) under each method."""
+
+
+def observe(methods: dict[str, Parts], scored: Scored) -> Observed:
+    """Read a batch under every method."""
+    batches = {label: batch_of(method, scored) for label, method in methods.items()}
+    chosen = reads(batches["uniform"])
+    readings = {label: read(methods[label], batch, chosen) for label, batch in batches.items()}
+    return Observed(scored, batches, chosen.nonzero().flatten().tolist(), readings)
