@@ -261,9 +261,10 @@ def _eval(arguments: list[str]) -> int:
 
 def _diagnose(arguments: list[str]) -> int:
     config, parsed, run = _parse_for_model("diagnose", arguments)
+    from cepo import checkpoint
     from cepo.diagnose import command
 
-    base = None if run is None else parse("eval", ["--config", str(run / "config.yaml")])[0].policy
+    base = None if run is None else parse("eval", ["--config", str(run / checkpoint.CONFIG)])[0].policy
     print(command.run(config, parsed.diagnose.check(), parsed.out, run, base))
     return 0
 

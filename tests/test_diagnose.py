@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,9 +134,20 @@ def test_a_slip_is_found_at_its_token_and_its_rivals_are_the_other_results() -> 
     assert [(late[t], k) for t, k, _ in tokens] == list(zip("12117712", [0, 0, 1, 1, 2, 3, 3, 3], strict=True))
     found, elsewhere = slips(parts, observe(methods(parts, None), batch))
     assert elsewhere == 2  # one states nothing, one goes wrong first in a digit that is no result
+    praised = replace(batch, advantages=-batch.advantages)
+    assert slips(parts, observe(methods(parts, None), praised)) == ([], 0)  # wrong, but better than its group
     (slip,) = found
     assert (slip.problem, slip.step, slip.index, slip.own) == (0, 2, 3, True)
     assert all(values.shape == (8,) for values in slip.scores.values())
+
+
+def test_tokens_of_several_characters_are_placed_by_their_text() -> None:
+    pieces = ["75:", "12;38", ":1", "", "1;42", ":7#", "712", ""]
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: "".join(pieces[i] for i in ids))
+    parts: Any = SimpleNamespace(policy=SimpleNamespace(tokenizer=tokenizer), task=Addition())
+    tokens = result_tokens(parts, "".join(pieces), list(range(8)))
+    assert [(pieces[t], k) for t, k, _ in tokens] == [("12;38", 0), (":1", 1), ("1;42", 1), (":7#", 2), ("712", 3)]
+    assert [characters.start for *_, characters in tokens] == [3, 8, 10, 14, 17]
 
 
 def test_scores_are_those_of_the_tokens_they_are_shown_for() -> None:
@@ -162,7 +174,8 @@ def test_scores_are_those_of_the_tokens_they_are_shown_for() -> None:
 def test_r_minus_is_told_apart_from_the_answers_of_others() -> None:
     parts = replace(load_parts(small()), policy=tiny_policy())
     first, second = "75:12;38:11;42:7#712", "75:12;38:12;42:6#622"
-    observed = observe(methods(parts, None), by_hand(parts, [first, second, OTHER, OTHER], [-1.0, -1.0, 0.0, 0.0]))
+    batch = by_hand(parts, [first, second, OTHER, "12:3;12:3;12:4#433"], [-1.0, -1.0, 0.0, 0.0])
+    observed = observe(methods(parts, None), replace(batch, rewards=[0.0, 0.0, 1.0, None]))  # the last is not scored
     found, _ = slips(parts, observed)
     assert [slip.own for slip in found] == [True, False]  # of equal rewards the first rollout's answer is r-
     shown = shares(methods(parts, None), [observed])

@@ -62,7 +62,7 @@ def result_tokens(parts: Parts, completion: str, ids: Sequence[int]) -> list[tup
     spans, found, start = task.result_spans(completion), [], 0
     for t in range(len(ids)):
         end = len(parts.policy.tokenizer.decode(ids[: t + 1], skip_special_tokens=True))
-        result = next((k for k, (a, b) in enumerate(spans) if a < end and start < b), None)
+        result = next((k for k, (a, b) in enumerate(spans) if max(a, start) < min(b, end)), None)
         if result is not None:
             found.append((t, result, range(start, end)))
         start = end
@@ -70,16 +70,16 @@ def result_tokens(parts: Parts, completion: str, ids: Sequence[int]) -> list[tup
 
 
 def slips(parts: Parts, observed: Observed) -> tuple[list[Slip], int]:
-    """The slips of a batch, and how many of the wrong rollouts that an update reads are none.
+    """The slips of a batch, and how many of the wrong rollouts with A < 0 are none.
 
     Those go wrong first elsewhere than in a result, or have no second result token.
     """
     task: Any = parts.task
     rollouts, problem = observed.scored.rollouts, observed.scored.problem_of_rollouts()
-    wrong = ~successes(parts, observed.scored)
+    blamed = ~successes(parts, observed.scored) & (observed.scored.advantages < 0)
     found, elsewhere = [], 0
     for i, b in enumerate(observed.rows):
-        if not wrong[b]:
+        if not blamed[b]:
             continue
         completion = rollouts.completions[b]
         tokens = result_tokens(parts, completion, rollouts.responses[b])

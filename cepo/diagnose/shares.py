@@ -25,7 +25,8 @@ def shares(methods: dict[str, Parts], observed: Sequence[Observed]) -> dict[str,
     for one in observed:
         rollouts, teachers = one.scored.rollouts, one.batches["cepo"].teachers
         flat.append((one.scored.advantages.view(-1, rollouts.group_size) == 0).all(1))
-        wrong = (~successes(cepo, one.scored)).nonzero().flatten().tolist()
+        scored = torch.tensor([reward is not None for reward in one.scored.rewards])
+        wrong = (scored & ~successes(cepo, one.scored)).nonzero().flatten().tolist()
         own += [answer_is_r_minus(cepo, teachers, rollouts, b) for b in wrong]
         for label, readings in one.readings.items():
             eps_w = methods[label].config.credit.eps_w or 0.0
