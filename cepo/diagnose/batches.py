@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from cepo.metrics import Clock
 from cepo.parts import Parts, held_out, is_success, score
 from cepo.rollout import Rollouts
 from cepo.tasks import Problem
-from cepo.update import Batch, make_batch, policy_loss
+from cepo.update import Batch, make_batch, passes_of, policy_loss
 
 Reading = dict[str, Tensor]
 
@@ -61,19 +60,27 @@ def collect_held_out(parts: Parts) -> Iterator[Scored]:
 
 
 def methods(parts: Parts, eps_w: float | None) -> dict[str, Parts]:
-    """`parts` with each credit that is made from three rows of logits; with each kind of r- where it reads one."""
+    """`parts` with each credit that asks at most the two teachers; with either kind of r- where it is read at once."""
     found: dict[str, Parts] = {}
     for name in axes.members("credit"):
         module = axes.module("credit", name)
-        if hasattr(module, "token_advantages"):  # made by passes of its own, before the update
+        ahead = getattr(module, "token_advantages", None)
+        if ahead and not module.TEACHERS:  # by passes of its own
             continue
         credit = CreditConfig(name, parts.config.credit.lam, eps_w=eps_w)
         credit.check()
-        for negative in ("group", "own") if "negative" in module.TEACHERS else ("group",):
+        for negative in ("group", "own") if "negative" in module.TEACHERS and not ahead else ("group",):
             told = replace(parts.config.teacher, negative=negative)
             config = replace(parts.config, credit=credit, teacher=told)
             label = name if negative == "group" else f"{name}, own r-"
-            found[label] = replace(parts, config=config, credit=axes.lookup("credit", name), teachers=module.TEACHERS)
+            found[label] = replace(
+                parts,
+                config=config,
+                credit=axes.lookup("credit", name),
+                teachers=module.TEACHERS,
+                needs_zero_a_rows=module.NEEDS_ZERO_A_ROWS,
+                token_advantages=ahead,
+            )
     return found
 
 
@@ -103,10 +110,8 @@ def read(parts: Parts, batch: Batch, chosen: Tensor, *, backward: bool = False) 
     Returns logprobs, entropy, evidence and weight of each chosen rollout, those which the method has, (T,) each. With
     `backward` the loss' gradient is added to that of the model.
     """
-    size = (parts.config.train.prompts_per_pass or len(batch.rollouts.problems)) * batch.rollouts.group_size
     readings: list[Reading] = []
-    for _, group in groupby(chosen.nonzero().flatten().tolist(), lambda b: b // size):
-        rows = list(group)
+    for rows in passes_of(parts, chosen):
         with torch.set_grad_enabled(backward):
             result = policy_loss(parts, batch, rows, None, Clock(parts.policy.device))
         if backward:
@@ -120,7 +125,7 @@ def read(parts: Parts, batch: Batch, chosen: Tensor, *, backward: bool = False) 
 
 @dataclass(frozen=True)
 class Observed:
-    """A batch as each method sees it."""
+    """A batch as the methods see it."""
 
     scored: Scored
     batches: dict[str, Batch]
@@ -131,8 +136,8 @@ class Observed:
 
 
 def observe(methods: dict[str, Parts], scored: Scored) -> Observed:
-    """Read a batch under every method."""
-    batches = {label: batch_of(method, scored) for label, method in methods.items()}
+    """Read a batch under every method whose credit is made where it is read."""
+    batches = {label: batch_of(method, scored) for label, method in methods.items() if not method.token_advantages}
     chosen = reads(batches["uniform"])
     readings = {label: read(methods[label], batch, chosen) for label, batch in batches.items()}
     return Observed(scored, batches, chosen.nonzero().flatten().tolist(), readings)

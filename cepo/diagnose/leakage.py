@@ -16,10 +16,11 @@ from cepo.diagnose.batches import Reading, Scored, batch_of, read, successes
 from cepo.diagnose.statistics import Estimate, estimate
 from cepo.parts import Parts
 from cepo.rollout import Rollouts
+from cepo.value import encode_answer
 
 
 def leakage(uniform: Parts, collected: Sequence[Scored]) -> dict[str, Estimate | None]:
-    """answer_logprob (None: the task has no `answer_cue`), entropy per token and accuracy; nats, natural logarithms.
+    """answer_logprob, entropy per token (both in nats) and accuracy.
 
     `uniform` holds the policy under the method that asks no teacher.
     """
@@ -42,23 +43,16 @@ def _values(uniform: Parts, scored: Scored) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def answer_logprobs(uniform: Parts, rollouts: Rollouts) -> Tensor:
-    """log P_S(r+ and the end token | x, answer cue) of every problem, (P,); of none if the task has no `answer_cue`."""
-    policy, cue = uniform.policy, getattr(uniform.task, "answer_cue", None)
-    if cue is None:
-        return torch.zeros(0)
-
-    def ids(text: str) -> list[int]:
-        return list(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    problems = rollouts.problems
-    answers = Rollouts(
-        problems,
-        [prompt + ids(cue) for prompt in rollouts.prompts],
-        [[*ids(problem.answer), policy.eos_ids[0]] for problem in problems],
-        [problem.answer for problem in problems],
-        [False] * len(problems),
-    )
-    return torch.stack([values["logprobs"].sum() for values in _read_all(uniform, answers)])
+    """log P_S(r+ | x, answer cue) of every problem, (P,), cued and ended as `cepo.value` does."""
+    prompts, answers = [], []
+    for prompt, problem in zip(rollouts.prompts, rollouts.problems, strict=True):
+        ids, labels = encode_answer(uniform, problem, len(prompt))
+        cue = labels.count(-100)  # only what follows it is scored
+        prompts.append(prompt + ids[:cue])
+        answers.append(ids[cue:])
+    texts = [problem.answer for problem in rollouts.problems]
+    cued = Rollouts(rollouts.problems, prompts, answers, texts, [False] * len(texts))
+    return torch.stack([values["logprobs"].sum() for values in _read_all(uniform, cued)])
 
 
 def _read_all(uniform: Parts, rollouts: Rollouts) -> list[Reading]:

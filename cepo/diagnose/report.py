@@ -8,6 +8,8 @@ from typing import Any
 
 from cepo.diagnose.statistics import Estimate
 
+_GRADIENT = {"noise_ratio": ".2f", "resolved": ".2f", "cosine": ".4f", "length": ".3f"}
+
 
 def text(report: dict[str, Any]) -> str:
     """Plain tables; +- is half of a 95 % interval."""
@@ -56,10 +58,8 @@ def _leakage(rows: dict[str, Any]) -> list[str]:
     names = {"answer_logprob": "log P(r+ | x, cue)", "entropy": "entropy per token", "accuracy": "accuracy"}
     lines = ["\nLeakage: does the policy, given no hint, know answers better or say less without solving more?"]
     shown = {label: row for label, row in rows.items() if not isinstance(row, str)}
-    cells = [[label, *("not known" if row[n] is None else _pm(row[n]) for n in names)] for label, row in shown.items()]
+    cells = [[label, *(_pm(row[name]) for name in names)] for label, row in shown.items()]
     lines += _table([["", ""], *(["", meaning] for meaning in names.values())], cells)
-    if any(row["answer_logprob"] is None for row in shown.values()):
-        lines.append("  not known: the task has no `answer_cue`, the text that asks for the answer")
     return [*lines, *(f"  {label}: {row}" for label, row in rows.items() if isinstance(row, str))]
 
 
@@ -80,19 +80,16 @@ def _gradient(found: dict[str, dict[str, Any]] | None, options: dict[str, Any]) 
     lines = ["\nGradient at these weights: noise tr Cov(g) / |E g|^2, and the direction of its mean"]
     if found is None:
         return [*lines, "  not asked for (diagnose.batches 0)"]
-    base = found["uniform"]["noise_ratio"]
-    rows = []
-    for label, of in found.items():
-        ratio = of["noise_ratio"]
-        relative = "-" if ratio is None or base is None else f"{ratio / base:.3f}"
-        shown = "unresolved" if ratio is None else f"{ratio:.2f}"
-        rows.append([label, shown, relative, f"{of['resolved']:.2f}", f"{of['cosine']:.4f}"])
-    heads = [["", ""], ["", "noise"], ["of", "uniform's"], ["resolved", "share"], ["cosine to", "uniform's"]]
+    rows = [
+        [label, *("-" if of[key] is None else f"{of[key]:{form}}" for key, form in _GRADIENT.items())]
+        for label, of in found.items()
+    ]
     return [
         *lines,
         f"  {options['batches']} batches of {options['prompts']} x {options['group_size']} rollouts, lambda "
-        f"{options['lam']:g}; resolved: share of the measured |mean|^2 that is not noise",
-        *_table(heads, rows),
+        f"{options['lam']:g}; resolved: share of the measured |mean|^2 that is not noise, ratio - where it is not",
+        "  above 0; cosine and length of the mean against uniform's",
+        *_table([["", ""], *(["", name.replace("_", " ")] for name in _GRADIENT)], rows),
     ]
 
 

@@ -7,7 +7,7 @@ which lists them, so that all are checked before a run starts. One that knows wh
     result_spans(completion)            character spans of the results it states, in their order: [(start, end), ...]
     first_error(completion, problem)    offset of the first wrong character, None if there is none
 
-which let `cepo diagnose` ask whether credit finds that place, and `answer_cue`, the text that asks for the answer.
+which let `cepo diagnose` ask whether credit finds that place.
 
     addition                    three-digit column addition, the built-in task
     reasoning_gym:<dataset>     any reasoning-gym dataset (extra `[tasks]`)
