@@ -87,8 +87,8 @@ def _gradient(found: dict[str, dict[str, Any]] | None, options: dict[str, Any]) 
     return [
         *lines,
         f"  {options['batches']} batches of {options['prompts']} x {options['group_size']} rollouts, lambda "
-        f"{options['lam']:g}; resolved: share of the measured |mean|^2 that is not noise, ratio - where it is not",
-        "  above 0; cosine and length of the mean against uniform's",
+        f"{options['lam']:g}; resolved: the share of the measured |mean|^2 that is not noise",
+        "  (no ratio below 0); cosine and length: of the mean, against uniform's",
         *_table([["", ""], *(["", name.replace("_", " ")] for name in _GRADIENT)], rows),
     ]
 
