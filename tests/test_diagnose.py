@@ -22,6 +22,7 @@ from cepo.diagnose.leakage import answer_logprobs, leakage
 from cepo.diagnose.ranking import UNCERTAIN, Slip, rank, ranking, result_tokens, slips
 from cepo.diagnose.report import text
 from cepo.diagnose.shares import shares
+from cepo.errors import InputError
 from cepo.metrics import Clock
 from cepo.parts import Parts, load_parts, problems_of, score
 from cepo.policy import response_logits
@@ -53,7 +54,8 @@ def scored(embedded: Parts) -> Scored:
 def by_hand(parts: Parts, completions: list[str], advantages: list[float]) -> Scored:
     """Rollouts of 437+285 (75:12;38:12;42:7#722) and 111+222, two each."""
     rollouts = rollouts_of(parts.policy, [problem(437, 285), problem(111, 222)], completions)
-    return Scored(rollouts, score(parts, rollouts), torch.tensor(advantages))
+    scores = score(parts, rollouts)
+    return Scored(rollouts, scores, scores, torch.tensor(advantages))
 
 
 RIGHT = "75:12;38:12;42:7#722"
@@ -179,7 +181,7 @@ def test_r_minus_is_told_apart_from_the_answers_of_others() -> None:
     parts = replace(load_parts(small()), policy=tiny_policy())
     first, second = "75:12;38:11;42:7#712", "75:12;38:12;42:6#622"
     batch = by_hand(parts, [first, second, OTHER, "12:3;12:3;12:4#433"], [-1.0, -1.0, 0.0, 0.0])
-    observed = observe(methods(parts, None), replace(batch, rewards=[0.0, 0.0, 1.0, None]))  # the last is not scored
+    observed = observe(methods(parts, None), replace(batch, scores=[0.0, 0.0, 1.0, None]))  # the last is not scored
     found, _ = slips(parts, observed)
     assert [slip.own for slip in found] == [True, False]  # of equal rewards the first rollout's answer is r-
     shown = shares(methods(parts, None), [observed])
@@ -192,6 +194,24 @@ def test_r_minus_is_told_apart_from_the_answers_of_others() -> None:
     )
     assert 0 < shown["at_clip: rlsd"] <= 1
     assert "at_clip: uniform" not in shown
+
+
+def test_success_and_r_minus_go_by_the_task_whatever_the_reward(scored: Scored) -> None:
+    parts = load_parts(small(reward={"name": "self_certainty"}, advantage={"name": "dr_grpo"}))
+    found = collect(parts, problems_of(parts, 6), (0, 1))
+    assert found.rollouts.completions == scored.rollouts.completions
+    assert found.scores == scored.scores == scored.rewards
+    assert found.rewards != found.scores
+    by_task, by_reward = (batch_of(methods(parts, None)["cepo"], one).teachers for one in (scored, found))
+    assert by_task == by_reward
+
+
+def test_an_advantage_that_adapts_stays_as_it_starts() -> None:
+    parts = load_parts(small(advantage={"name": "rl2ml", "alpha": "auto"}, loss={"average": "constant"}))
+    start = parts.adaptive.options()
+    found = variance(parts, methods(parts, None), 2)
+    assert found["cepo"]["variance"] > 0
+    assert parts.adaptive.options() == start
 
 
 def test_ranking_by_hand() -> None:
@@ -256,6 +276,16 @@ def test_what_a_task_cannot_tell_is_said_in_a_line() -> None:
         "not asked for (diagnose.batches 0)",
     ):
         assert sum(words in line for line in shown) == 1
+
+
+def test_weights_that_are_gone_are_named_and_cost_nothing_else() -> None:
+    def gone() -> Parts:
+        raise InputError("policy.model: cannot load 'elsewhere'")
+
+    parts = replace(load_parts(small()), policy=tiny_policy())
+    report = diagnose(parts, DiagnoseConfig(problems=2, batches=0), "step 2", {"base": gone})
+    assert list(report["leakage"]) == ["base", "step 2"]
+    assert "\n  base: policy.model: cannot load 'elsewhere'\n" in text(report)
 
 
 def test_a_model_that_is_never_wrong_or_never_right_is_no_error() -> None:

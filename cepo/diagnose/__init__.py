@@ -31,8 +31,8 @@ def diagnose(
 
     Args:
         parts: the model, its task and how it would be trained; its own credit and kind of r- do not matter.
-        name: what to call it among
-        others: further weights, whose leakage is shown before its own.
+        name: label of its leakage.
+        others: label and loader of further weights, whose leakage is shown before its own, or why it cannot be.
     """
 
     def on_problems(loaded: Parts) -> Parts:

@@ -11,7 +11,8 @@ from torch import Tensor
 from cepo import axes, rollout, teacher
 from cepo.config import CreditConfig
 from cepo.metrics import Clock
-from cepo.parts import Parts, held_out, is_success, score
+from cepo.parts import Parts, held_out, judge, score
+from cepo.rewards import is_success
 from cepo.rollout import Rollouts
 from cepo.tasks import Problem
 from cepo.update import Batch, make_batch, passes_of, policy_loss
@@ -21,10 +22,11 @@ Reading = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Scored:
-    """Rollouts, their rewards and their advantages, (B,)."""
+    """Rollouts, their rewards, the task's own scores, and their advantages, (B,)."""
 
     rollouts: Rollouts
     rewards: list[float | None]
+    scores: list[float | None]
     advantages: Tensor
     first: int = 0
     """Number of its first problem among all that are looked at."""
@@ -38,6 +40,7 @@ class Scored:
 def collect(parts: Parts, problems: Sequence[Problem], key: tuple[int, int]) -> Scored:
     """Roll out and score `problems` with the noise of `key`, (seed, step), as a training step does."""
     config = parts.config.rollout
+    adapted = parts.adaptive.options() if parts.adaptive else {}
     rollouts = rollout.sample(
         parts.policy,
         problems,
@@ -49,7 +52,8 @@ def collect(parts: Parts, problems: Sequence[Problem], key: tuple[int, int]) -> 
     )
     rewards = score(parts, rollouts)
     rewards_PG = torch.tensor([float("nan") if r is None else r for r in rewards]).view(len(problems), -1)
-    return Scored(rollouts, rewards, parts.advantage(rewards_PG).flatten())
+    scores = rewards if parts.config.reward.name == "verifier" else judge(parts, rollouts)
+    return Scored(rollouts, rewards, scores, parts.advantage(rewards_PG, **adapted).flatten())
 
 
 def collect_held_out(parts: Parts) -> Iterator[Scored]:
@@ -89,14 +93,14 @@ def batch_of(parts: Parts, scored: Scored) -> Batch:
     config, teachers = parts.config, None
     if parts.teachers:
         teachers = teacher.build(
-            parts.policy, config.teacher, parts.task, scored.rollouts, scored.rewards, config.reward.success_threshold
+            parts.policy, config.teacher, parts.task, scored.rollouts, scored.scores, config.reward.success_threshold
         )
     return make_batch(parts, scored.rollouts, scored.advantages, teachers, config.credit.lam)
 
 
 def successes(parts: Parts, scored: Scored) -> Tensor:
     """(B,) bool."""
-    return torch.tensor([is_success(parts, r) for r in scored.rewards])
+    return torch.tensor([is_success(score, parts.config.reward.success_threshold) for score in scored.scores])
 
 
 def reads(batch: Batch) -> Tensor:

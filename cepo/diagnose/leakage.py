@@ -58,5 +58,6 @@ def answer_logprobs(uniform: Parts, rollouts: Rollouts) -> Tensor:
 def _read_all(uniform: Parts, rollouts: Rollouts) -> list[Reading]:
     """With some advantage for each: the loss passes over rollouts that have none."""
     some = torch.ones(len(rollouts.responses))
-    batch = batch_of(uniform, Scored(rollouts, [None] * some.numel(), some))
+    unscored: list[float | None] = [None] * some.numel()
+    batch = batch_of(uniform, Scored(rollouts, unscored, unscored, some))
     return read(uniform, batch, some > 0)

@@ -25,7 +25,7 @@ def shares(methods: dict[str, Parts], observed: Sequence[Observed]) -> dict[str,
     for one in observed:
         rollouts, teachers = one.scored.rollouts, one.batches["cepo"].teachers
         flat.append((one.scored.advantages.view(-1, rollouts.group_size) == 0).all(1))
-        scored = torch.tensor([reward is not None for reward in one.scored.rewards])
+        scored = torch.tensor([score is not None for score in one.scored.scores])
         wrong = (scored & ~successes(cepo, one.scored)).nonzero().flatten().tolist()
         own += [answer_is_r_minus(cepo, teachers, rollouts, b) for b in wrong]
         for label, readings in one.readings.items():
