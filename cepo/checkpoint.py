@@ -78,7 +78,7 @@ def save(
         torch.save({"optimizer": optimizer.state_dict(), **state}, temporary / STATE)
         files = {str(file.relative_to(temporary)): _digest(file) for file in _files(temporary)}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
-    for old in _all(run)[:-keep]:
+    for old in all_of(run)[:-keep]:
         shutil.rmtree(old)
     return path
 
@@ -97,12 +97,17 @@ def step_of(path: Path) -> int:
 
 def saved(run: Path) -> bool:
     """Whether a run has a checkpoint, whole or not."""
-    return bool(_all(run))
+    return bool(all_of(run))
+
+
+def all_of(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, whole or not."""
+    return sorted((run / FOLDER).glob("step-*"))
 
 
 def newest(run: Path) -> Path | None:
     """The newest checkpoint of a run, None if it has none. Raises InputError if damaged, naming the one before."""
-    found = _all(run)
+    found = all_of(run)
     if not found:
         return None
     verify(found[-1])
@@ -116,7 +121,7 @@ def verify(path: Path) -> int:
     """
     if (damage := _damage(path)) is None:
         return step_of(path)
-    earlier = next((p for p in reversed(_all(path.parent.parent)) if p.name < path.name and not _damage(p)), None)
+    earlier = next((p for p in reversed(all_of(path.parent.parent)) if p.name < path.name and not _damage(p)), None)
     offer = f"the previous one is whole: --resume {earlier}" if earlier else "and no earlier one is whole"
     raise InputError(f"checkpoint {path} is damaged ({damage}); {offer}")
 
@@ -196,10 +201,6 @@ def _write_failure(error: BaseException, folder: Path) -> str | None:
         return None
     free = shutil.disk_usage(folder).free
     return "No space left on device" if free < 1 << 20 else f"{one_line(error)} ({free >> 20} MB free)"
-
-
-def _all(run: Path) -> list[Path]:
-    return sorted((run / FOLDER).glob("step-*"))
 
 
 def _damage(path: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""The command line: `cepo train | eval | compare | doctor`, YAML and `--section.key value` on top of it."""
+"""The command line: `cepo train | eval | diagnose | compare | doctor`, YAML and `--section.key value` on top of it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 _EPILOG = {
     "train": "examples: cepo train | cepo train --credit.name rlsd --train.steps 100 | cepo train --resume runs/NAME",
     "eval": "examples: cepo eval --policy.model runs/NAME | cepo eval --eval.split test --eval.problems 2000",
+    "diagnose": "examples: cepo diagnose | cepo diagnose --policy.model runs/NAME --diagnose.batches 8 --out FILE.json",
     "compare": "examples: cepo compare examples/compare/addition.yaml | cepo compare PLAN.yaml --limit-seconds 3600",
     "doctor": "takes no arguments",
 }
 _SUMMARY = {
     "train": "improve a model on a task; without arguments, the embedded model on column addition",
     "eval": "held-out accuracy of a model, sampled and greedy",
+    "diagnose": "does credit find the mistake, does it leak answers, how noisy is its gradient; a model, every method",
     "compare": "methods x tasks x seeds from one plan, and a table of what each is worth; the same command continues",
     "doctor": "which backend runs here, and whether it computes what it should",
 }
@@ -90,7 +92,7 @@ def _run(arguments: list[str]) -> int:
         from cepo.compare import command as compare
 
         return compare.main(_parser("compare"), arguments[1:])
-    return {"train": _train, "eval": _eval}[command](arguments[1:])
+    return {"train": _train, "eval": _eval, "diagnose": _diagnose}[command](arguments[1:])
 
 
 def _parser(command: str) -> _Parser:
@@ -106,12 +108,15 @@ def _parser(command: str) -> _Parser:
 
 def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
     """The checked config of a command line, and what else was given. Raises InputError."""
-    from cepo.config import Config
+    from cepo.config import Config, DiagnoseConfig
 
     parser = _parser(command)
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     if command == "train":
         parser.add_argument("--resume", help="a run directory or one of its checkpoints to continue from")
+    if command == "diagnose":
+        parser.add_argument("--out", help="JSON file for all the numbers")
+        parser.add_class_arguments(DiagnoseConfig, "diagnose")
     parser.add_class_arguments(Config, as_group=True)
     arguments = list(arguments)
     resume = _values(arguments, "--resume")
@@ -222,17 +227,27 @@ def _check_resumed(config: Config, run: Path, done: int) -> None:
         raise InputError(f"--train.steps: expected at least {done}, which {run} has already, got {config.train.steps}")
 
 
+def _parse_for_model(command: str, arguments: list[str]) -> tuple[Config, Namespace, Path | None]:
+    """What `parse` returns, and the run that `policy.model` is, if it is one.
+
+    A run is looked at as it was trained, but for its model, which is the last checkpoint.
+    """
+    config, parsed = parse(command, arguments)
+    from cepo import checkpoint
+
+    run = Path(config.policy.model).expanduser()
+    if not ((run / checkpoint.CONFIG).is_file() and (run / checkpoint.FOLDER).is_dir()):
+        return config, parsed, None
+    own = ["--config", str(run / checkpoint.CONFIG), f"--policy.model={run}", "--policy.gguf_file=null"]
+    return *parse(command, [*own, *arguments]), run
+
+
 def _eval(arguments: list[str]) -> int:
-    config, _ = parse("eval", arguments)
-    from cepo import checkpoint, trainer
+    config, _, _ = _parse_for_model("eval", arguments)
+    from cepo import trainer
     from cepo.parts import load_parts
     from cepo.policy import threads
 
-    run = Path(config.policy.model).expanduser()
-    if (run / checkpoint.CONFIG).is_file() and (run / checkpoint.FOLDER).is_dir():
-        # A run is evaluated as it was trained, but for its model, which is the last checkpoint.
-        own = ["--config", str(run / checkpoint.CONFIG), f"--policy.model={run}", "--policy.gguf_file=null"]
-        config, _ = parse("eval", [*own, *arguments])
     parts = load_parts(config)
     with threads(parts.policy, config.policy.threads):
         result = trainer.evaluate(parts)
@@ -241,6 +256,16 @@ def _eval(arguments: list[str]) -> int:
         f"sampled {result['sampled']:.3f} (T = {config.eval.temperature:g}), greedy {result['greedy']:.3f}"
         f"  ({result['seconds']:.1f} s)"
     )
+    return 0
+
+
+def _diagnose(arguments: list[str]) -> int:
+    config, parsed, run = _parse_for_model("diagnose", arguments)
+    from cepo import checkpoint
+    from cepo.diagnose import command
+
+    base = None if run is None else parse("eval", ["--config", str(run / checkpoint.CONFIG)])[0].policy
+    print(command.run(config, parsed.diagnose.check(), parsed.out, run, base))
     return 0
 
 

@@ -354,6 +354,27 @@ class CheckpointConfig:
 
 
 @dataclass
+class DiagnoseConfig:
+    """What `cepo diagnose` looks at.
+
+    Args:
+        problems: held-out problems, each with a whole group of rollouts, for ranking, leakage and shares.
+        batches: batches of training for the variance of the gradient; 0: none.
+        eps_w: clip of every method's weights; null: as published for each.
+    """
+
+    problems: int = 256
+    batches: int = 64
+    eps_w: float | None = None
+
+    def check(self) -> DiagnoseConfig:
+        _require(self.problems >= 1, "diagnose.problems", "at least 1", self.problems)
+        _require(self.batches == 0 or self.batches >= 2, "diagnose.batches", "0 or at least 2", self.batches)
+        _require(self.eps_w is None or 0 <= self.eps_w < 1, "diagnose.eps_w", "a number in [0, 1)", self.eps_w)
+        return self
+
+
+@dataclass
 class Config:
     """Everything a run is made of.
 

@@ -2,7 +2,12 @@
 
 A task is a module of this package with a function `make(argument, **options) -> Task`; adding a file adds a task.
 `get_task("name:argument")` finds it by name. A task of finitely many training problems may have `training_problems()`,
-which lists them, so that all are checked before a run starts.
+which lists them, so that all are checked before a run starts. One that knows where a completion goes wrong may have
+
+    result_spans(completion)            character spans of the results it states, in their order: [(start, end), ...]
+    first_error(completion, problem)    offset of the first wrong character, None if there is none
+
+which let `cepo diagnose` ask whether credit finds that place.
 
     addition                    three-digit column addition, the built-in task
     reasoning_gym:<dataset>     any reasoning-gym dataset (extra `[tasks]`)

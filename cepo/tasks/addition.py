@@ -113,6 +113,10 @@ class Addition:
                 return offset
         return None if len(completion) == len(solution) else min(len(completion), len(solution))
 
+    def result_spans(self, completion: str) -> list[tuple[int, int]]:
+        """Where the totals of the columns and the answer stand: character offsets, rightmost column first."""
+        return [match.span(1) for match in re.finditer(r"[:#](\d+)", completion)]
+
 
 def make(argument: str, **options: Any) -> Addition:
     """`addition`; option `max_new_tokens`."""
