@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -31,7 +33,10 @@ from cepo_kernels.rows import BackwardInputs, ForwardInputs, ForwardOutputs, Los
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
-FLAGS = ["-std=c++17", "-DCEPO_EMULATE", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"]
+FLAGS = ["-std=c++17", "-DCEPO_EMULATE", "-march=native", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"]
+# Where Python was started with AddressSanitizer, as `test_cuda_sanitized` does.
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
+FLAGS += ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if SANITIZED else ["-O2"]
 MODULE = "_cuda_emulated"
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 NAMES = ("emulated", "emulated:values", "emulated:auto")
@@ -52,12 +57,12 @@ def module() -> ModuleType:
     folder = Path(tempfile.mkdtemp(prefix="cepo-emulated-"))
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"], str(TESTS), str(CSRC / "cuda")]
     flags = [*FLAGS, *(flag for path in includes for flag in ("-I", path))]
-    objects = []
-    for source in SOURCES:
-        objects.append(str(folder / f"{source.stem}.o"))
-        subprocess.run(["g++", *flags, "-x", "c++", "-c", str(source), "-o", objects[-1]], check=True)
+    objects = [str(folder / f"{source.stem}.o") for source in SOURCES]
+    commands = [["g++", *flags, "-x", "c++", "-c", str(source), "-o", made] for source, made in zip(SOURCES, objects, strict=True)]
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+        list(compilers.map(functools.partial(subprocess.run, check=True), commands))
     target = folder / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run(["g++", "-shared", *objects, "-o", str(target)], check=True)
+    subprocess.run(["g++", *flags, "-shared", *objects, "-o", str(target)], check=True)
     spec = importlib.util.spec_from_file_location(MODULE, target)
     assert spec is not None
     assert spec.loader is not None

@@ -230,7 +230,23 @@ inline uint4 load16(const void* p) {
     emulator::access(p, 16, 16, &emulator::Counters::read);
     return *static_cast<const uint4*>(p);
 }
-inline uint4 load16_once(const void* p) { return load16(p); }
+// A unit of which a byte is there may be read whole, as on the hardware; the bytes that are not there are 0xff.
+inline uint4 load16_once(const void* p) {
+    const auto* from = static_cast<const unsigned char*>(p);
+    if (emulator::allowed(p, 16)) return load16(p);
+    unsigned char bytes[16];
+    bool any = false;
+    for (int i = 0; i < 16; i++) {
+        const bool there = emulator::allowed(from + i, 1);
+        bytes[i] = there ? from[i] : 0xff;
+        any = any || there;
+    }
+    if (!any) return load16(p);  // which reports it
+    emulator::access(p, 16, 16, &emulator::Counters::read);
+    uint4 unit;
+    memcpy(&unit, bytes, 16);
+    return unit;
+}
 inline void store16(void* p, uint4 v) {
     emulator::access(p, 16, 16, &emulator::Counters::written);
     *static_cast<uint4*>(p) = v;
