@@ -97,34 +97,42 @@ class Emulated(cuda.Variant):
         return not self.values
 
 
-def row_gradient(logits: Tensor, labels: Tensor, g: float, h: float, out: Tensor) -> Tensor:
-    """The gradient of ``g log p + h H`` in (N, V) logits, written to ``out``, which may be the logits."""
-    count = logits.shape[0]
-    token = backends.load("emulated")
-    options = RowOptions(torch.ones(()), torch.ones(()), None, -100)
-    names = ForwardOutputs._fields
-    outputs = ForwardOutputs(**{name: torch.empty(count * (4 if name == "stats" else 1)) for name in names})
-    half = torch.full((), 0.5)
-    rows = logits[None]
-    token.forward(ForwardInputs(rows, None, None, labels, None, None, half, half, options), outputs)
-    upstream = (torch.full((count,), g), torch.full((count,), h))
-    found = (outputs.logprobs, outputs.entropy, outputs.stats)
-    token.backward(BackwardInputs(out[None], rows, labels, *upstream, *found, options))
+_OPTIONS = RowOptions(torch.ones(()), torch.ones(()), None, -100)
+_HALF, _NONE = torch.full((), 0.5), torch.zeros(())
+
+
+def raw_forward(
+    policy: Tensor, positive: Tensor | None, negative: Tensor | None, labels: Tensor, advantages: Tensor | None
+) -> ForwardOutputs:
+    """All that the forward writes, (N, V) logits given as they lie in memory and labels unchecked."""
+    count = len(labels)
+    outputs = ForwardOutputs(*(torch.empty(count) for _ in ForwardOutputs._fields[:-1]), torch.zeros(count, 4))
+    logits = (None if x is None else x[None] for x in (policy, positive, negative))
+    KNOWN["emulated"].forward(ForwardInputs(*logits, labels, advantages, None, _HALF, _HALF, _OPTIONS), outputs)
+    return outputs
+
+
+def raw_backward(policy: Tensor, labels: Tensor, g: float, h: float, found: ForwardOutputs, out: Tensor) -> Tensor:
+    """The gradient of ``g log p + h H``, written to ``out``, which may be the policy's logits."""
+    upstream = (torch.full((len(labels),), g), torch.full((len(labels),), h))
+    kept = (found.logprobs, found.entropy, found.stats)
+    KNOWN["emulated"].backward(BackwardInputs(out[None], policy[None], labels, *upstream, *kept, _OPTIONS))
     return out
 
 
 def raw_loss(
-    backend: Emulated, policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor
-) -> dict[str, Tensor]:
-    """All that the fused loss writes, labels unchecked."""
+    backend: Emulated, policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor,
+    gradient: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """All that the fused loss, without KL and entropy bonus, writes, labels unchecked; the gradient where it is told to, be it over the logits."""
     count = len(labels)
-    options = RowOptions(torch.ones(()), torch.ones(()), None, -100)
+    gradient = torch.empty(policy.shape, dtype=policy.dtype) if gradient is None else gradient
     forward = ForwardOutputs(*(torch.empty(count) for _ in ForwardOutputs._fields))._replace(stats=torch.empty(0))
     outputs = LossOutputs(forward, torch.empty(count), torch.empty(count), torch.empty(count, dtype=torch.bool),
-                          torch.empty_like(policy)[None])  # fmt: skip
-    half = torch.full((), 0.5)
-    inputs = ForwardInputs(policy[None], positive[None], negative[None], labels, advantages, None, half, half, options)
-    backend.policy_loss(LossInputs(inputs, None, None, None, "ppo", (half, half, half, half, half)), outputs)
+                          gradient[None])  # fmt: skip
+    logits = (policy[None], positive[None], negative[None])
+    inputs = ForwardInputs(*logits, labels, advantages, None, _HALF, _HALF, _OPTIONS)
+    backend.policy_loss(LossInputs(inputs, None, None, None, "ppo", (_HALF, _HALF, _NONE, _NONE, _HALF)), outputs)
     named = {**forward._asdict(), **outputs._asdict()}
     return {name: value for name, value in named.items() if name not in ("forward", "stats")}
 

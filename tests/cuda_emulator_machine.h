@@ -78,6 +78,19 @@ struct Counters {
 };
 inline Counters counters;
 
+// The same for stretches of memory that the caller names.
+struct Watched {
+    uintptr_t begin, end;
+    Counters counters;
+};
+inline std::vector<Watched> watched;
+inline void count(const void* p, size_t bytes, uint64_t Counters::* counter) {
+    counters.*counter += bytes;
+    const auto at = reinterpret_cast<uintptr_t>(p);
+    for (Watched& stretch : watched)
+        if (at + bytes > stretch.begin && at < stretch.end) stretch.counters.*counter += bytes;
+}
+
 // AddressSanitizer's view of memory; without it, everything is always there.
 #if defined(__SANITIZE_ADDRESS__)
 inline void forbid(const void* p, size_t bytes) { ASAN_POISON_MEMORY_REGION(p, bytes); }
