@@ -38,7 +38,7 @@ def requested(kernel: str, scored: int, idle: int, vocabulary: int, itemsize: in
     so that up to twice as much is read. A label's logit is fetched once more, by every block of a cluster.
 
     Args:
-        scored, idle: rows whose logits are read, and rows (ignored, or without advantage in a loss) that only get zeros.
+        scored, idle: rows that are read; rows (ignored, or without advantage in a loss) that only get zeros.
     """
     row = vocabulary * itemsize
     label = itemsize * (int(kernel.removeprefix("cluster")) if kernel.startswith("cluster") else 1)

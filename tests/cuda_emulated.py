@@ -58,7 +58,10 @@ def module() -> ModuleType:
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"], str(TESTS), str(CSRC / "cuda")]
     flags = [*FLAGS, *(flag for path in includes for flag in ("-I", path))]
     objects = [str(folder / f"{source.stem}.o") for source in SOURCES]
-    commands = [["g++", *flags, "-x", "c++", "-c", str(source), "-o", made] for source, made in zip(SOURCES, objects, strict=True)]
+    commands = [
+        ["g++", *flags, "-x", "c++", "-c", str(source), "-o", made]
+        for source, made in zip(SOURCES, objects, strict=True)
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as compilers:
         list(compilers.map(functools.partial(subprocess.run, check=True), commands))
     target = folder / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -124,7 +127,7 @@ def raw_loss(
     backend: Emulated, policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor,
     gradient: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """All that the fused loss, without KL and entropy bonus, writes, labels unchecked; the gradient where it is told to, be it over the logits."""
+    """All that the fused loss, without KL and entropy bonus, writes, labels unchecked; the gradient where told to."""
     count = len(labels)
     gradient = torch.empty(policy.shape, dtype=policy.dtype) if gradient is None else gradient
     forward = ForwardOutputs(*(torch.empty(count) for _ in ForwardOutputs._fields))._replace(stats=torch.empty(0))

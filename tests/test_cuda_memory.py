@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-import byte_model  # noqa: E402
+import byte_model
 
 pytestmark = pytest.mark.skipif(cuda_emulated.missing() is not None, reason=str(cuda_emulated.missing()))
 
@@ -142,7 +142,9 @@ def test_the_bandwidth_kernels_touch_their_buffers_alone(emulated, order):
         assert torch.equal(out.clone(), rows)
 
 
-def moved(emulated, kernel: str, logits: list[Tensor], labels: Tensor, advantages: Tensor) -> dict[str, tuple[int, int]]:
+def moved(
+    emulated, kernel: str, logits: list[Tensor], labels: Tensor, advantages: Tensor
+) -> dict[str, tuple[int, int]]:
     """Bytes that a kernel reads and writes in each tensor, and `anywhere`."""
     gradient = torch.empty(logits[0].shape, dtype=logits[0].dtype)
     found = cuda_emulated.raw_forward(*logits, labels, advantages)

@@ -20,7 +20,7 @@ SUITES = (HERE / "test_cuda_memory.py", HERE / "test_cuda_emulated.py")
 @pytest.mark.slow
 @pytest.mark.skipif(cuda_emulated.missing() is not None, reason=str(cuda_emulated.missing()))
 def test_the_kernels_are_clean():
-    """Python was not built for it, so the runtime, and libstdc++ for its exceptions, have to be there from the start."""
+    """Python is not built for it: the runtime, and libstdc++ for its exceptions, have to be there from the start."""
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
