@@ -1,9 +1,6 @@
 """What Nsight Compute saw against the byte model, kernel by kernel.
 
-    ncu --csv --print-units base --metrics dram__bytes_read.sum,dram__bytes_write.sum \\
-        -k "regex:^(stream_|cluster_rows|forward_kernel|backward_kernel|policy_loss_kernel)" \\
-        python benchmarks/dram.py > ncu.csv
-    python benchmarks/dram.py ncu.csv
+`run_gpu.sh` profiles this script without arguments, which launches the kernels, and gives it what ncu wrote.
 """
 
 from __future__ import annotations
@@ -53,12 +50,11 @@ def expected() -> list[tuple[str, int]]:
 
 def measured(text: str) -> list[int]:
     """Bytes read and written by each kernel, in the order of their launches."""
-    lines = text.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if start is None:
+    lines = [line for line in text.splitlines() if line.startswith('"')]  # ncu has more to say
+    if not lines or not lines[0].startswith('"ID"'):
         raise SystemExit("dram.py: expected ncu's CSV with a line of column names, got none")
     total: dict[int, int] = {}
-    for row in csv.DictReader(lines[start:]):
+    for row in csv.DictReader(lines):
         if row["Metric Unit"] not in ("byte", "bytes"):
             raise SystemExit(f"dram.py: expected bytes (--print-units base), got {row['Metric Unit']!r}")
         value = round(float(row["Metric Value"].replace(",", "")))
