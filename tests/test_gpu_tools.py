@@ -27,7 +27,7 @@ def hopper(monkeypatch):
     """A machine with a GPU on which every backend says that it can run, as far as a choice is concerned."""
     monkeypatch.setattr(backends, "compute_capability", lambda: HOPPER)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(backends, "unavailable", lambda name, device: None)
+    monkeypatch.setattr(backends, "unavailable", lambda *_: None)
     monkeypatch.setattr(tables, "FASTEST", {})
 
 
@@ -45,7 +45,7 @@ def test_triton_runs_where_nothing_was_measured(hopper):
 
 def test_a_measurement_decides_for_its_op_and_its_gpu_alone(hopper):
     tables.FASTEST[("policy_loss", HOPPER)] = "cuda"
-    tables.FASTEST[("logprobs", (8, 0))] = "cuda"
+    tables.FASTEST[("forward", (8, 0))] = "cuda"
     report = cepo_kernels.backend_report()
     assert report.chosen["contrastive_policy_loss"]["cuda"] == "cuda"
     assert report.chosen["contrastive_logprobs"]["cuda"] == "triton"
@@ -83,7 +83,7 @@ def test_the_fastest_launch_is_found_and_the_table_left_as_it_was():
     groups = [group("forward", cuda=1.0, triton=2.0), group("separate", cuda=3.0, triton=2.0),
               group("fused", cuda=2.0, triton=1.9), group("fused", cuda=1.0)]  # fmt: skip
     best = tune.fastest(groups, HOPPER)
-    assert best == {("logprobs", HOPPER): "cuda", ("policy_loss", HOPPER): "triton"}
+    assert best == {("forward", HOPPER): "cuda", ("policy_loss", HOPPER): "triton"}
     names = {"Threads": tables.Threads}
     exec(tune.source(lines, best), names)
     assert (list(names["LAUNCHES"]), names["FASTEST"]) == (lines, best)
