@@ -17,8 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import byte_model
 import contenders
 import torch
+import tune
 from torch import Tensor
 
 import cepo_kernels
@@ -63,13 +65,35 @@ def medians(calls: dict[str, Call]) -> tuple[dict[str, float], dict[str, int], d
     return {name: statistics.median(values) for name, values in times.items()}, peak, absent
 
 
-def group(rows: int, vocabulary: int, dtype: torch.dtype, kind: str) -> dict[str, Any]:
-    """One table: everybody on the same inputs. ``kind`` is forward, fused (in place) or separate (with backward)."""
+def inputs(rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Three tensors of logits, and what every contender gets besides the policy's."""
     torch.manual_seed(0)
     logits = [torch.randn(rows, vocabulary, device="cuda", dtype=dtype).mul_(3) for _ in range(3)]
     labels = torch.randint(vocabulary, (rows,), device="cuda")
-    rest = (*logits[1:], labels, torch.randn(rows, device="cuda"))
-    bytes_of_one = logits[0].nbytes
+    return logits, (*logits[1:], labels, torch.randn(rows, device="cuda"))
+
+
+def run_once(rows: int, vocabulary: int, dtype: torch.dtype, kind: str, backend: str) -> None:
+    logits, rest = inputs(rows, vocabulary, dtype)
+    (no_grad if kind == "forward" else apply)(ours(backend, kind), logits[0], *rest)
+    torch.cuda.synchronize()
+
+
+def by_construction(backend: str, kind: str, rows: int, vocabulary: int, itemsize: int) -> int | None:
+    """Bytes to and from memory of one call by the model, None for others' code."""
+    if backend.partition(":")[0] not in ("triton", "cuda"):
+        return None
+    device = torch.cuda.get_device_properties(0)
+    holds = byte_model.l2_holds_rows(vocabulary, itemsize, device.multi_processor_count, device.L2_cache_size)
+    clusters = backend in ("cuda", "cuda:cluster") and device.major >= 9
+    kernels = {"forward": ["forward"], "fused": ["cluster8" if clusters else "streaming"],
+               "separate": ["forward", "backward"]}[kind]  # fmt: skip
+    return sum(byte_model.dram(kernel, rows, vocabulary, itemsize, holds).total for kernel in kernels)
+
+
+def group(rows: int, vocabulary: int, dtype: torch.dtype, kind: str) -> dict[str, Any]:
+    """One table: everybody on the same inputs. ``kind`` is forward, fused (in place) or separate (with backward)."""
+    logits, rest = inputs(rows, vocabulary, dtype)
     runs: dict[str, contenders.Contender] = {"eager": contenders.eager}
     runs["torch.compile"] = torch.compile(contenders.eager, fullgraph=True, dynamic=False)
     with contextlib.suppress(ImportError):
@@ -84,7 +108,7 @@ def group(rows: int, vocabulary: int, dtype: torch.dtype, kind: str) -> dict[str
         calls[name] = partial(no_grad if kind == "forward" else apply, run, logits[0], *rest)
     ceiling, moved = ceilings(logits, kind)
     milliseconds, peak, absent = medians({"ceiling": ceiling, **calls})
-    floor = {"forward": 3, "fused": 4, "separate": 5}[kind] * bytes_of_one
+    floor = byte_model.floor(kind, rows, vocabulary, dtype.itemsize)
     per_byte = milliseconds.pop("ceiling") / moved
     table = [
         {
@@ -92,13 +116,14 @@ def group(rows: int, vocabulary: int, dtype: torch.dtype, kind: str) -> dict[str
             "ms": ms,
             "tb_per_s": floor / ms / 1e9,
             "share": floor * per_byte / ms,
+            "model_bytes": by_construction(name, kind, rows, vocabulary, dtype.itemsize),
             "peak_mib": peak[name] / 2**20,
         }
         for name, ms in milliseconds.items()
     ]
     title = f"{kind} {str(dtype).removeprefix('torch.')}: N = {rows}, V = {vocabulary:,}"
-    return {"title": title, "floor_bytes": floor, "ceiling_tb_per_s": 1 / per_byte / 1e9, "rows": table,
-            "absent": absent}  # fmt: skip
+    return {"title": title, "kind": kind, "vocabulary": vocabulary, "dtype": str(dtype), "floor_bytes": floor,
+            "ceiling_tb_per_s": 1 / per_byte / 1e9, "rows": table, "absent": absent}  # fmt: skip
 
 
 def ours(backend: str, kind: str) -> contenders.Contender:
@@ -122,6 +147,13 @@ def fused_in_place(backend: str, policy: Tensor, *rest: Tensor) -> Any:
     logits = _NotALeaf.apply(policy.detach().requires_grad_())  # type: ignore[no-untyped-call]
     out = cepo_kernels.contrastive_policy_loss(logits, *rest, denominator=1.0, inplace_grad=True, backend=backend)
     return out.loss.backward()  # type: ignore[no-untyped-call]
+
+
+def fused_triton(rows: int, vocabulary: int, dtype: torch.dtype) -> float:
+    """Median milliseconds of Triton's fused loss, which holds every loop that a launch size has a say in."""
+    logits, rest = inputs(rows, vocabulary, dtype)
+    found, _, _ = medians({"triton": partial(apply, ours("triton", "fused"), logits[0], *rest)})
+    return found.get("triton", float("inf"))
 
 
 class _NotALeaf(torch.autograd.Function):
@@ -161,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, help="write the tables to this JSON file, and a picture beside it")
     parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--tune", action="store_true", help="also measure what cepo_kernels/backends/tables.py holds")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py: torch sees no CUDA device")
@@ -172,15 +205,21 @@ def main() -> None:
             groups.append(found)
             print(f"\n{found['title']}  (ceiling {found['ceiling_tb_per_s']:.2f} TB/s)")
             for row in found["rows"]:
+                model = "" if row["model_bytes"] is None else f"{row['model_bytes'] / found['floor_bytes']:6.2f} floors"
                 print(f"  {row['name']:16}{row['ms']:9.3f} ms {row['tb_per_s']:7.2f} TB/s {row['share']:6.0%} "
-                      f"{row['peak_mib']:10.0f} MiB")  # fmt: skip
+                      f"{row['peak_mib']:10.0f} MiB beyond the inputs {model}")  # fmt: skip
             for name, reason in found["absent"].items():
                 print(f"  {name:16}{reason}")
             torch.cuda.empty_cache()
+    measured: dict[str, Any] = {"groups": groups}
+    if arguments.tune:
+        lines = tune.launches(partial(fused_triton, arguments.rows))
+        measured["tables"] = tune.source(lines, tune.fastest(groups, torch.cuda.get_device_capability()))
+        print(f"\nfor cepo_kernels/backends/tables.py:\n\n{measured['tables']}")
     if arguments.results is not None:
         machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
                    "date": datetime.date.today().isoformat()}  # fmt: skip
-        arguments.results.write_text(json.dumps({"machine": machine, "groups": groups}, indent=1) + "\n")
+        arguments.results.write_text(json.dumps({"machine": machine, **measured}, indent=1) + "\n")
         draw(groups, arguments.results.with_suffix(".png"))
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -42,6 +43,67 @@ def _speed(path: Path) -> str:
     return "\n".join(lines).rstrip()
 
 
+GPU_COLUMNS = [(v, "bfloat16") for v in (32_000, 128_256, 151_936, 262_144)] + [(151_936, "float32")]
+GPU_ROWS = (  # what, floor, wanted, and the cell
+    ("three log-probs + credit, forward", "6NV", ">= 90 % of measured bandwidth", lambda at: _share(at, "forward")),
+    ("the same + policy gradient, fused loss, in place", "8NV", ">= 85 %", lambda at: _share(at, "fused")),
+    ("forward, then separate backward", "10NV", ">= 88 %", lambda at: _share(at, "separate")),
+    ("against TRL: forward, separate, fused", "", ">= 1.0x, >= 1.0x, >= 1.15x",
+     lambda at: ", ".join(_faster(at, kind, "TRL") for kind in ("forward", "separate", "fused"))),
+    ("against Liger, quack, torch.compile: forward", "", "ahead of each",
+     lambda at: ", ".join(f"{name} {_faster(at, 'forward', name)}" for name in ("Liger", "quack", "torch.compile"))),
+    ("against eager PyTorch: forward; fused, MiB beyond the inputs", "", ">= 8x, none of the size of the logits",
+     lambda at: f"{_faster(at, 'forward', 'eager')}; {_best(at['fused'])['peak_mib']:.0f}"),
+)  # fmt: skip
+
+
+def gpu() -> str:
+    """The table of each GPU that `run_gpu.sh` has measured, or the table that waits for one."""
+    paths = sorted(RESULTS.glob("gpu-*.json"))
+    return (
+        "\n\n".join(map(_gpu, paths))
+        if paths
+        else f"**Not yet measured**: no GPU has run these kernels yet.\n\n{_gpu_table({})}"
+    )
+
+
+def _gpu(path: Path) -> str:
+    measured = json.loads(path.read_text())
+    machine = measured["machine"]
+    cells: dict[tuple[int, str], dict[str, Any]] = {}
+    for group in measured["groups"]:
+        cells.setdefault((group["vocabulary"], group["dtype"].removeprefix("torch.")), {})[group["kind"]] = group
+    return (
+        f"{machine['gpu']}, torch {machine['torch']}, {machine['date']}; the faster of cuda and triton. Shares are of "
+        f"a plain read (forward) and of three reads to one write in the same run.\n\n{_gpu_table(cells)}"
+    )
+
+
+def _gpu_table(cells: dict[tuple[int, str], dict[str, Any]]) -> str:
+    titles = [f"V = {v:,}" + (", fp32" if dtype == "float32" else "") for v, dtype in GPU_COLUMNS]
+    lines = ["| N = 8192, bf16 | floor, bytes | wanted | " + " | ".join(titles) + " |"]
+    lines.append("|---|---|---|" + "---:|" * len(titles))
+    for what, floor, wanted, cell in GPU_ROWS:
+        found = [cell(cells[column]) if column in cells else "" for column in GPU_COLUMNS]
+        lines.append(f"| {what} | {floor} | {wanted} | " + " | ".join(found) + " |")
+    return "\n".join(lines)
+
+
+def _best(group: dict[str, Any]) -> dict[str, Any]:
+    """Ours."""
+    return min((row for row in group["rows"] if row["name"] in ("cuda", "triton")), key=lambda row: row["ms"])
+
+
+def _share(at: dict[str, Any], kind: str) -> str:
+    return f"{_best(at[kind])['share']:.0%}"
+
+
+def _faster(at: dict[str, Any], kind: str, than: str) -> str:
+    """Times that ours is faster; a dash where the other did not run."""
+    ms = next((row["ms"] for row in at[kind]["rows"] if row["name"] == than), None)
+    return "-" if ms is None else f"{ms / _best(at[kind])['ms']:.2f}x"
+
+
 def learning() -> str:
     """Held-out accuracy before and after `cepo train`, per seed."""
     measured = json.loads((RESULTS / "learning.json").read_text())
@@ -64,7 +126,7 @@ def learning() -> str:
 def main() -> int:
     path = ROOT / "README.md"
     text = path.read_text()
-    tables: dict[str, Callable[[], str]] = {"speed": speed, "learning": learning}
+    tables: dict[str, Callable[[], str]] = {"speed": speed, "gpu": gpu, "learning": learning}
     for name, table in tables.items():
         begin, end = f"<!-- {name}: benchmarks/readme.py writes this -->", f"<!-- /{name} -->"
         if begin not in text or end not in text:

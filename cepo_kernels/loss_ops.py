@@ -54,7 +54,7 @@ def _run(policy: Tensor, arguments: tuple[Any, ...], in_place: bool, with_gradie
     ) = arguments  # fmt: skip
     outputs = loss_buffers(policy, positive, negative, labels, advantages, with_entropy, with_gradient and not in_place)
     dtype = outputs.losses.dtype
-    chosen = backends.choose(backend, policy.device.type, dtype)
+    chosen = backends.choose(backend, policy.device.type, dtype, "policy_loss")
     checks.check_values(labels, ignore_index, lam, eps_w, temperature, logit_scale, logit_softcap)
     checks.check_loss_values(clip_low, clip_high, kl_coef, entropy_coef, denominator)
     gradient = policy if in_place else outputs.gradient
@@ -105,7 +105,8 @@ def rescaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
         if (factor := float(upstream)) != 1.0:
             gradient.mul_(factor)
         return gradient
-    rescale = getattr(backends.choose(backend, gradient.device.type, upstream.dtype), "rescale", None)
+    chosen = backends.choose(backend, gradient.device.type, upstream.dtype, "policy_loss")
+    rescale = getattr(chosen, "rescale", None)
     if rescale is not None and gradient.is_contiguous() and gradient.data_ptr() % 16 == 0:
         rescale(gradient, upstream)
     else:

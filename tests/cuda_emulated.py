@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -31,7 +33,10 @@ from cepo_kernels.rows import BackwardInputs, ForwardInputs, ForwardOutputs, Los
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
-FLAGS = ["-std=c++17", "-DCEPO_EMULATE", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"]
+FLAGS = ["-std=c++17", "-DCEPO_EMULATE", "-march=native", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"]
+# Where Python was started with AddressSanitizer, as `test_cuda_sanitized` does.
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
+FLAGS += ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if SANITIZED else ["-O2"]
 MODULE = "_cuda_emulated"
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 NAMES = ("emulated", "emulated:values", "emulated:auto")
@@ -52,12 +57,15 @@ def module() -> ModuleType:
     folder = Path(tempfile.mkdtemp(prefix="cepo-emulated-"))
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"], str(TESTS), str(CSRC / "cuda")]
     flags = [*FLAGS, *(flag for path in includes for flag in ("-I", path))]
-    objects = []
-    for source in SOURCES:
-        objects.append(str(folder / f"{source.stem}.o"))
-        subprocess.run(["g++", *flags, "-x", "c++", "-c", str(source), "-o", objects[-1]], check=True)
+    objects = [str(folder / f"{source.stem}.o") for source in SOURCES]
+    commands = [
+        ["g++", *flags, "-x", "c++", "-c", str(source), "-o", made]
+        for source, made in zip(SOURCES, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+        list(compilers.map(functools.partial(subprocess.run, check=True), commands))
     target = folder / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run(["g++", "-shared", *objects, "-o", str(target)], check=True)
+    subprocess.run(["g++", *flags, "-shared", *objects, "-o", str(target)], check=True)
     spec = importlib.util.spec_from_file_location(MODULE, target)
     assert spec is not None
     assert spec.loader is not None
@@ -92,34 +100,42 @@ class Emulated(cuda.Variant):
         return not self.values
 
 
-def row_gradient(logits: Tensor, labels: Tensor, g: float, h: float, out: Tensor) -> Tensor:
-    """The gradient of ``g log p + h H`` in (N, V) logits, written to ``out``, which may be the logits."""
-    count = logits.shape[0]
-    token = backends.load("emulated")
-    options = RowOptions(torch.ones(()), torch.ones(()), None, -100)
-    names = ForwardOutputs._fields
-    outputs = ForwardOutputs(**{name: torch.empty(count * (4 if name == "stats" else 1)) for name in names})
-    half = torch.full((), 0.5)
-    rows = logits[None]
-    token.forward(ForwardInputs(rows, None, None, labels, None, None, half, half, options), outputs)
-    upstream = (torch.full((count,), g), torch.full((count,), h))
-    found = (outputs.logprobs, outputs.entropy, outputs.stats)
-    token.backward(BackwardInputs(out[None], rows, labels, *upstream, *found, options))
+_OPTIONS = RowOptions(torch.ones(()), torch.ones(()), None, -100)
+_HALF, _NONE = torch.full((), 0.5), torch.zeros(())
+
+
+def raw_forward(
+    policy: Tensor, positive: Tensor | None, negative: Tensor | None, labels: Tensor, advantages: Tensor | None
+) -> ForwardOutputs:
+    """All that the forward writes, (N, V) logits given as they lie in memory and labels unchecked."""
+    count = len(labels)
+    outputs = ForwardOutputs(*(torch.empty(count) for _ in ForwardOutputs._fields[:-1]), torch.zeros(count, 4))
+    logits = (None if x is None else x[None] for x in (policy, positive, negative))
+    KNOWN["emulated"].forward(ForwardInputs(*logits, labels, advantages, None, _HALF, _HALF, _OPTIONS), outputs)
+    return outputs
+
+
+def raw_backward(policy: Tensor, labels: Tensor, g: float, h: float, found: ForwardOutputs, out: Tensor) -> Tensor:
+    """The gradient of ``g log p + h H``, written to ``out``, which may be the policy's logits."""
+    upstream = (torch.full((len(labels),), g), torch.full((len(labels),), h))
+    kept = (found.logprobs, found.entropy, found.stats)
+    KNOWN["emulated"].backward(BackwardInputs(out[None], policy[None], labels, *upstream, *kept, _OPTIONS))
     return out
 
 
 def raw_loss(
-    backend: Emulated, policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor
-) -> dict[str, Tensor]:
-    """All that the fused loss writes, labels unchecked."""
+    backend: Emulated, policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor,
+    gradient: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """All that the fused loss, without KL and entropy bonus, writes, labels unchecked; the gradient where told to."""
     count = len(labels)
-    options = RowOptions(torch.ones(()), torch.ones(()), None, -100)
+    gradient = torch.empty(policy.shape, dtype=policy.dtype) if gradient is None else gradient
     forward = ForwardOutputs(*(torch.empty(count) for _ in ForwardOutputs._fields))._replace(stats=torch.empty(0))
     outputs = LossOutputs(forward, torch.empty(count), torch.empty(count), torch.empty(count, dtype=torch.bool),
-                          torch.empty_like(policy)[None])  # fmt: skip
-    half = torch.full((), 0.5)
-    inputs = ForwardInputs(policy[None], positive[None], negative[None], labels, advantages, None, half, half, options)
-    backend.policy_loss(LossInputs(inputs, None, None, None, "ppo", (half, half, half, half, half)), outputs)
+                          gradient[None])  # fmt: skip
+    logits = (policy[None], positive[None], negative[None])
+    inputs = ForwardInputs(*logits, labels, advantages, None, _HALF, _HALF, _OPTIONS)
+    backend.policy_loss(LossInputs(inputs, None, None, None, "ppo", (_HALF, _HALF, _NONE, _NONE, _HALF)), outputs)
     named = {**forward._asdict(), **outputs._asdict()}
     return {name: value for name, value in named.items() if name not in ("forward", "stats")}
 

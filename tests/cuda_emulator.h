@@ -147,7 +147,7 @@ inline void access(const void* p, size_t bytes, size_t alignment, uint64_t Count
         m.fail("an access of " + std::to_string(bytes) + " bytes is not aligned");
     }
     if (m.block_of(p, 1) != nullptr) m.fail("an access to global memory reaches shared memory");
-    counters.*counter += bytes;
+    count(p, bytes, counter);
     if (options.yield_on_access) m.yield();
 }
 
@@ -230,7 +230,23 @@ inline uint4 load16(const void* p) {
     emulator::access(p, 16, 16, &emulator::Counters::read);
     return *static_cast<const uint4*>(p);
 }
-inline uint4 load16_once(const void* p) { return load16(p); }
+// A unit of which a byte is there may be read whole, as on the hardware; the bytes that are not there are 0xff.
+inline uint4 load16_once(const void* p) {
+    const auto* from = static_cast<const unsigned char*>(p);
+    if (emulator::allowed(p, 16)) return load16(p);
+    unsigned char bytes[16];
+    bool any = false;
+    for (int i = 0; i < 16; i++) {
+        const bool there = emulator::allowed(from + i, 1);
+        bytes[i] = there ? from[i] : 0xff;
+        any = any || there;
+    }
+    if (!any) return load16(p);  // which reports it
+    emulator::access(p, 16, 16, &emulator::Counters::read);
+    uint4 unit;
+    memcpy(&unit, bytes, 16);
+    return unit;
+}
 inline void store16(void* p, uint4 v) {
     emulator::access(p, 16, 16, &emulator::Counters::written);
     *static_cast<uint4*>(p) = v;
@@ -377,7 +393,7 @@ inline void bulk_load(void* to_shared, const void* from_global, uint32_t bytes, 
     emulator::forbid(to, bytes);
     phases.loads.push_back({to, static_cast<const unsigned char*>(from_global), bytes});
     phases.issued += bytes;
-    emulator::counters.read += bytes;
+    emulator::count(from_global, bytes, &emulator::Counters::read);
     emulator::check_count(phases, "bulk_load");
 }
 inline void before_bulk_store() {
@@ -400,7 +416,7 @@ inline void bulk_store(void* to_global, const void* from_shared, uint32_t bytes)
     }
     m.self->stores.push_back({static_cast<unsigned char*>(to_global), from, {from, from + bytes}});
     m.forbid_until_the_end(to_global, bytes);
-    emulator::counters.written += bytes;
+    emulator::count(to_global, bytes, &emulator::Counters::written);
     m.yield();
 }
 template <int kPending>

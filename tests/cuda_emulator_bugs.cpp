@@ -132,6 +132,22 @@ __global__ void bulk_store_double(const float* in, float* out, int columns) {
     if (threadIdx.x == 0 && !bug("return before the store has read")) bulk_stores_read<0>();
 }
 
+// Thread 0 of each block sums one row but for its ends: it starts 4 bytes after a unit of 16, and ends 4 before one.
+__global__ void unaligned_sum(const float* in, float* out, int columns) {
+    if (threadIdx.x != 0) return;
+    const float* row = in + static_cast<size_t>(blockIdx.x) * columns + 1;
+    const float* const end = row + columns - 2;
+    float sum = 0.0f;
+    for (const float* unit = row - 1 - 4 * bug("unit before the row"); unit < end + 4 * bug("unit after the row");
+         unit += 4) {
+        const uint4 bits = bug("unit read strictly") ? load16(unit) : load16_once(unit);
+        const unsigned words[] = {bits.x, bits.y, bits.z, bits.w};
+        for (int i = 0; i < 4; i++)
+            if (unit + i >= row && unit + i < end + bug("column outside the row")) sum += __uint_as_float(words[i]);
+    }
+    store(out + blockIdx.x, sum);
+}
+
 struct Kernel {
     void (*entry)(const float*, float*, int);
     unsigned block, cluster;
@@ -144,6 +160,7 @@ const std::map<std::string, Kernel> kKernels = {
     {"block_sum", {block_sum, 96, 1, 3 * sizeof(float), 96}},
     {"cluster_sum", {cluster_sum, 32, 4, sizeof(float), 1}},
     {"bulk_load_sum", {bulk_load_sum, kChunk, 1, 2 * kBytes + 2 * sizeof(BulkBarrier), kChunk}},
+    {"unaligned_sum", {unaligned_sum, 32, 1, 0, 1}},
     {"bulk_store_double", {bulk_store_double, kChunk, 1, 2 * kBytes, kColumns}},
 };
 
@@ -168,6 +185,8 @@ int main(int, char** arguments) {
     float* out = allocate(grid * kernel.outputs);
     for (int i = 0; i < 2 * kColumns; i++) in[i] = static_cast<float>(i % 7);
     for (unsigned i = 0; i < grid * kernel.outputs; i++) out[i] = NAN;
+    for (int row = 1; row <= 2 && kernel.entry == unaligned_sum; row++)
+        cepo::emulator::forbid(in + row * kColumns - 1, sizeof(float));
     cudaError_t error = cudaSuccess;
     try {
         error =

@@ -78,6 +78,19 @@ struct Counters {
 };
 inline Counters counters;
 
+// The same for stretches of memory that the caller names.
+struct Watched {
+    uintptr_t begin, end;
+    Counters counters;
+};
+inline std::vector<Watched> watched;
+inline void count(const void* p, size_t bytes, uint64_t Counters::* counter) {
+    counters.*counter += bytes;
+    const auto at = reinterpret_cast<uintptr_t>(p);
+    for (Watched& stretch : watched)
+        if (at + bytes > stretch.begin && at < stretch.end) stretch.counters.*counter += bytes;
+}
+
 // AddressSanitizer's view of memory; without it, everything is always there.
 #if defined(__SANITIZE_ADDRESS__)
 inline void forbid(const void* p, size_t bytes) { ASAN_POISON_MEMORY_REGION(p, bytes); }
@@ -180,7 +193,7 @@ class Machine {
         current = nullptr;
         end_cluster();
         for (const auto& [p, bytes] : stored_) allow(p, bytes);
-        allow(stacks_, size_t{threads} * cluster * kStack);
+        clean_stacks(!ended_);
         munmap(stacks_, size_t{threads} * cluster * kStack);
     }
     Machine(const Machine&) = delete;
@@ -203,6 +216,7 @@ class Machine {
             }
             end_cluster();
         }
+        ended_ = true;
     }
 
     // By a fiber: others may go on now; or: go on when somebody calls wake with this key.
@@ -255,8 +269,13 @@ class Machine {
     static constexpr size_t kStack = 128 * 1024;
     static constexpr size_t kGuard = 4096;
 
+    // Out of bounds is what a fiber that is never resumed had in use; of one that has returned, its outermost frame.
+    void clean_stacks(bool whole) {
+        if (whole) return allow(stacks_, size_t{threads} * cluster * kStack);
+        for (size_t i = 1; i <= size_t{threads} * cluster; i++) allow(stacks_ + i * kStack - kGuard, kGuard);
+    }
     void start_cluster(unsigned index) {
-        allow(stacks_, size_t{threads} * cluster * kStack);
+        clean_stacks(false);
         first_block_ = index * cluster;
         cluster_arrived = 0;
         cluster_phase = 0;
@@ -382,6 +401,7 @@ class Machine {
     size_t first_ = 0;  // in the order; nobody before it can go on
     std::mt19937 random_;
     std::string error_;
+    bool ended_ = false;
     void* top_ = nullptr;  // the caller's own stack
     void* fake_ = nullptr;
     const void* caller_stack_ = nullptr;

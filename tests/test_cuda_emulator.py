@@ -29,6 +29,7 @@ KERNELS = {  # bytes read, bytes written, results
     "block_sum": (READ_ONCE, 2 * 96 * FLOAT, [sum(row) for row in ROWS for _ in range(96)]),
     "cluster_sum": (READ_ONCE, 8 * FLOAT, [sum(row) for row in ROWS for _ in range(4)]),
     "bulk_load_sum": (READ_ONCE, 2 * CHUNK * FLOAT, [sum(row[i::CHUNK]) for row in ROWS for i in range(CHUNK)]),
+    "unaligned_sum": (READ_ONCE, 2 * FLOAT, [sum(row[1:-1]) for row in ROWS]),
     "bulk_store_double": (READ_ONCE, READ_ONCE, [2 * x for row in ROWS for x in row]),
 }
 
@@ -70,6 +71,10 @@ BUGS = [  # kernel, bug, what the emulator says, the orders that show it
         r"deadlock: .*phase 1: 256 of 256 bytes|use-after-poison",
         ["random"],
     ),
+    ("unaligned_sum", "unit before the row", OVERRUN, ORDERS),
+    ("unaligned_sum", "unit after the row", OVERRUN, ORDERS),
+    ("unaligned_sum", "unit read strictly", "AddressSanitizer: (unknown-crash|heap-buffer-overflow)", ORDERS),
+    ("unaligned_sum", "column outside the row", WRONG, ORDERS),
     ("bulk_store_double", "store's source overwritten", "overwritten before bulk_stores_read", ORDERS),
     ("bulk_store_double", "no fence", "written without before_bulk_store", ORDERS),
     ("bulk_store_double", "fence by one thread", "written without before_bulk_store", ["forward", "random"]),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 pytestmark = pytest.mark.skipif(
@@ -23,6 +24,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from cepo_kernels.backends import triton as backend  # noqa: E402
+from cepo_kernels.backends.tables import launch  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -104,7 +106,10 @@ def compiled(variant: Variant, target: Any, folder: Path) -> Resources:
 
     module = triton_policy_loss if variant.kernel == "policy_loss" else triton_kernels
     kernel = getattr(module, f"{variant.kernel}_kernel")
-    shape = backend.row_shape(variant.vocabulary, variant.softcap)
+    policy = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
+        variant.dtypes.get("policy", "bf16")
+    ]
+    shape = launch(variant.vocabulary, policy, variant.softcap)
     block = shape.backward_block if variant.kernel == "backward" else shape.block
     constant = {"SOFTCAP": variant.softcap, "BLOCK": block, "UNROLL": shape.unroll, "CISPO": True}
     constant["BACKWARD_BLOCK"] = shape.backward_block
@@ -122,7 +127,8 @@ def compiled(variant: Variant, target: Any, folder: Path) -> Resources:
         signature[name] = parameter.annotation_type or f"*{dtype}"
         if signature[name].startswith("*") or of_logits:
             attributes[(index,)] = [["tt.divisibility", 16]] if variant.aligned or not of_logits else []
-    options = {**backend.COMPILE_OPTIONS[target.backend], "num_warps": shape.warps}
+    options = {**backend.COMPILE_OPTIONS[target.backend], "num_warps": shape.warps,
+               "num_stages": shape.stages}  # fmt: skip
     binary = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
     if target.backend == "hip":
         text = binary.asm["amdgcn"]

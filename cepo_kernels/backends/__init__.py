@@ -24,12 +24,13 @@ from ..rows import (
     LossInputs,
     LossOutputs,
 )
+from . import tables
 
 logger = logging.getLogger("cepo_kernels")
 
 VARIANTS = ("cpu:avx512", "cpu:avx2", "cpu:portable", "cuda:streaming", "cuda:cluster")
 NAMES = ("triton", "cuda", "cpu", "reference", *VARIANTS)
-# The CUDA kernels have not been timed on a GPU yet: until they are measured faster, Triton's come first.
+# On a GPU `tables.FASTEST` comes first.
 _PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 
 
@@ -62,14 +63,16 @@ def unavailable(name: str, device_type: str, function: str = "forward") -> str |
 def choose(name: str, device_type: str, dtype: torch.dtype, function: str = "forward") -> Backend:
     """The backend for a call of ``function``: ``name``, or for "auto" the fastest that can run, which is logged once.
 
+    A forward and its backward have one backend.
+
     Raises:
         ValueError: the name is unknown, or float64 logits were given to a backend other than ``reference``.
         RuntimeError: the named backend cannot run on this machine or device.
     """
     if name == "auto":
-        for candidate in preference(device_type, dtype):
+        for candidate in preference(device_type, dtype, function):
             if unavailable(candidate, device_type, function) is None:
-                logger.info("cepo_kernels uses the %s backend for %s tensors on %s", candidate, dtype, device_type)
+                logger.info("cepo_kernels uses the %s backend: %s of %s on %s", candidate, function, dtype, device_type)
                 if (device_type, candidate) == ("cpu", "reference") and dtype != torch.float64:
                     logger.warning("cepo_kernels runs on plain PyTorch, slowly: %s", unavailable("cpu", "cpu"))
                 return load(candidate)
@@ -83,6 +86,24 @@ def choose(name: str, device_type: str, dtype: torch.dtype, function: str = "for
     return load(name)
 
 
-def preference(device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
+def preference(device_type: str, dtype: torch.dtype, function: str = "forward") -> tuple[str, ...]:
     """Backends that ``auto`` tries, in order."""
-    return ("reference",) if dtype == torch.float64 else _PREFERENCE.get(device_type, ("reference",))
+    if dtype == torch.float64:
+        return ("reference",)
+    names = _PREFERENCE.get(device_type, ("reference",))
+    first = measured(function) if device_type == "cuda" else None
+    return names if first is None else (first, *(name for name in names if name != first))
+
+
+def measured(function: str) -> str | None:
+    """The backend that was measured fastest on a GPU like this one, if any was."""
+    capability = compute_capability()
+    return None if capability is None else tables.FASTEST.get((function, capability))
+
+
+@cache
+def compute_capability() -> tuple[int, int] | None:
+    """Of the current CUDA device; None where there is none."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability()

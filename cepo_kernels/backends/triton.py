@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions
+from .tables import Launch, launch
 
-# How columns are dealt to lanes is a function of V and of whether there is a cap, so that a row's bits are too. Four
-# lanes a thread and eight columns a lane keep 8 KB of bfloat16 in flight a program, and accumulators in registers.
-MAX_BLOCK, MIN_BLOCK, UNROLL = 512, 32, 8
 RESCALE_BLOCK = 4096
 # A product and a sum become one operation only where a kernel says so. Left to itself, ptxas spills a predicate or two
 # to fit one more program; 128 registers a thread still let four of them share a multiprocessor.
@@ -46,7 +44,7 @@ def forward(inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
     options = inputs.options
     vocabulary = inputs.policy.shape[-1]
     softcap = options.logit_softcap is not None
-    shape = row_shape(vocabulary, softcap)
+    shape = launch(vocabulary, inputs.policy.dtype, softcap)
     scalars = [*_shared(options), inputs.lam, inputs.eps_w]
     values, numbers = _values(scalars, inputs.policy.device)
     with _current(inputs.policy.device):
@@ -57,7 +55,7 @@ def forward(inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
             *_strides(inputs.policy), *_strides(inputs.positive), *_strides(inputs.negative),
             inputs.policy.shape[1], vocabulary, options.ignore_index, *numbers,
             SOFTCAP=softcap, BLOCK=shape.block, UNROLL=shape.unroll,
-            num_warps=shape.warps, **COMPILE_OPTIONS[_target()],
+            **_compile_options(shape),
         )  # fmt: skip
 
 
@@ -65,7 +63,7 @@ def backward(inputs: BackwardInputs) -> None:
     options = inputs.options
     vocabulary = inputs.policy.shape[-1]
     softcap = options.logit_softcap is not None
-    shape = row_shape(vocabulary, softcap)
+    shape = launch(vocabulary, inputs.policy.dtype, softcap)
     values, numbers = _values(_shared(options), inputs.policy.device)
     with _current(inputs.policy.device):
         _kernels().backward_kernel[(inputs.labels.numel(),)](
@@ -74,7 +72,7 @@ def backward(inputs: BackwardInputs) -> None:
             _per_row(options), values,
             *_strides(inputs.gradient), *_strides(inputs.policy),
             inputs.policy.shape[1], vocabulary, options.ignore_index, *numbers,
-            SOFTCAP=softcap, BLOCK=shape.backward_block, num_warps=shape.warps, **COMPILE_OPTIONS[_target()],
+            SOFTCAP=softcap, BLOCK=shape.backward_block, **_compile_options(shape),
         )  # fmt: skip
 
 
@@ -83,7 +81,7 @@ def policy_loss(inputs: LossInputs, outputs: LossOutputs) -> None:
     options = given.options
     vocabulary = given.policy.shape[-1]
     softcap = options.logit_softcap is not None
-    shape = row_shape(vocabulary, softcap)
+    shape = launch(vocabulary, given.policy.dtype, softcap)
     values, numbers = _values([*_shared(options), given.lam, given.eps_w, *inputs.numbers], given.policy.device)
     with _current(given.policy.device):
         _loss_kernels().policy_loss_kernel[(given.labels.numel(),)](
@@ -95,7 +93,7 @@ def policy_loss(inputs: LossInputs, outputs: LossOutputs) -> None:
             *_strides(given.policy), *_strides(given.positive), *_strides(given.negative), *_strides(gradient),
             given.policy.shape[1], vocabulary, options.ignore_index, *numbers,
             CISPO=inputs.surrogate == "cispo", SOFTCAP=softcap, BLOCK=shape.block, UNROLL=shape.unroll,
-            BACKWARD_BLOCK=shape.backward_block, num_warps=shape.warps, **COMPILE_OPTIONS[_target()],
+            BACKWARD_BLOCK=shape.backward_block, **_compile_options(shape),
         )  # fmt: skip
 
 
@@ -104,26 +102,6 @@ def rescale(gradient: Tensor, factor: Tensor) -> None:
     size = gradient.numel()
     with _current(gradient.device):
         _loss_kernels().rescale_kernel[(-(-size // RESCALE_BLOCK),)](gradient, factor, size, BLOCK=RESCALE_BLOCK)
-
-
-class RowShape(NamedTuple):
-    """How a forward program deals columns to lanes, and how many of a lane's it takes at once."""
-
-    block: int
-    unroll: int
-    warps: int
-
-    @property
-    def backward_block(self) -> int:
-        """Backward has no accumulators: sixteen columns a thread."""
-        return 4 * self.block
-
-
-def row_shape(vocabulary: int, softcap: bool) -> RowShape:
-    block = MIN_BLOCK
-    while block < MAX_BLOCK and UNROLL * block < vocabulary:
-        block *= 2
-    return RowShape(block, UNROLL // 2 if softcap else UNROLL, max(1, block // 128))
 
 
 @functools.cache
@@ -140,8 +118,9 @@ def _loss_kernels() -> Any:
     return triton_policy_loss
 
 
-def _target() -> str:
-    return "hip" if torch.version.hip else "cuda"
+def _compile_options(shape: Launch) -> dict[str, Any]:
+    target = "hip" if torch.version.hip else "cuda"
+    return {"num_warps": shape.warps, "num_stages": shape.stages, **COMPILE_OPTIONS[target]}
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:

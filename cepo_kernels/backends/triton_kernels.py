@@ -63,13 +63,22 @@ def put_zeros(logprobs, positive_logprobs, negative_logprobs, evidence, weight, 
 def score(
     policy, positive, negative, advantages, negative_mask, values,
     logprobs, positive_logprobs, negative_logprobs, evidence, weight, token_advantages, entropy,
-    row, label, vocabulary, unit, inner, lam, eps_w,
+    policy_outer, policy_inner, positive_outer, positive_inner, negative_outer, negative_inner,
+    row, inner_rows, label, vocabulary, scale, cap, temperature, temperatures, lam, eps_w,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """All that is written about one row; and of the policy M, S, 1 - p, log p, log p_M + H, H, and the token advantage.
+    """All that is written about one scored row; and its label (-1: no column), unit and inner factor (see `options`),
+    where the policy's row begins, and of it M, S, 1 - p, log p, log p_M + H, H, and the token advantage.
 
-    Logits point at the row. The policy is read last, so that a gradient finds it in the cache.
+    The policy is read last, so that a gradient finds it in the cache.
     """
+    label = tl.where((label >= 0) & (label < vocabulary), label, -1).to(tl.int32)
+    unit, inner = options(values, scale, cap, temperature, temperatures, row, SOFTCAP)
+    policy = start(policy, row, inner_rows, policy_outer, policy_inner)
+    if positive is not None:
+        positive = start(positive, row, inner_rows, positive_outer, positive_inner)
+    if negative is not None:
+        negative = start(negative, row, inner_rows, negative_outer, negative_inner)
     positive_total, positive_origin = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
     if positive is not None:
         positive_total, _, positive_origin, _, _ = sums(
@@ -141,7 +150,8 @@ def score(
             put(weight, row, clipped)
             group = tl.where(group == 0.0, 0.0, group * ((1.0 - lam) + lam * clipped))
     put(token_advantages, row, group)
-    return top, total.to(tl.float32), q.to(tl.float32), own, offset.to(tl.float32), spread, group
+    total, q, offset = total.to(tl.float32), q.to(tl.float32), offset.to(tl.float32)
+    return label, unit, inner, policy, top, total, q, own, offset, spread, group
 
 
 @triton.jit(do_not_specialize=["inner_rows", "ignore_index"])
@@ -160,17 +170,12 @@ def forward_kernel(
     if label == ignore_index:
         put_zeros(logprobs, positive_logprobs, negative_logprobs, evidence, weight, token_advantages, entropy, row)
         return
-    label = tl.where((label >= 0) & (label < vocabulary), label, -1).to(tl.int32)
-    unit, inner = options(values, scale, cap, temperature, temperatures, row, SOFTCAP)
-    policy = start(policy, row, inner_rows, policy_outer, policy_inner)
-    if positive is not None:
-        positive = start(positive, row, inner_rows, positive_outer, positive_inner)
-    if negative is not None:
-        negative = start(negative, row, inner_rows, negative_outer, negative_inner)
-    top, total, q, _, offset, _, _ = score(
+    _, _, _, _, top, total, q, _, offset, _, _ = score(
         policy, positive, negative, advantages, negative_mask, values,
         logprobs, positive_logprobs, negative_logprobs, evidence, weight, token_advantages, entropy,
-        row, label, vocabulary, unit, inner, lam, eps_w, SOFTCAP, entropy is not None, BLOCK, UNROLL,
+        policy_outer, policy_inner, positive_outer, positive_inner, negative_outer, negative_inner,
+        row, inner_rows, label, vocabulary, scale, cap, temperature, temperatures, lam, eps_w,
+        SOFTCAP, entropy is not None, BLOCK, UNROLL,
     )  # fmt: skip
     tl.store(stats + row * 4, top)
     tl.store(stats + row * 4 + 1, total)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import entropy_at_label, fill, options, put, put_zeros, score, start, write_gradient
+from .triton_kernels import entropy_at_label, fill, put, put_zeros, score, start, write_gradient
 
 
 @triton.jit
@@ -55,17 +55,12 @@ def policy_loss_kernel(
         if gradient is not None:
             fill(gradient, vocabulary, tl.full((), 0.0, tl.float32), BACKWARD_BLOCK)
         return
-    label = tl.where((label >= 0) & (label < vocabulary), label, -1).to(tl.int32)
-    unit, inner = options(values, scale, cap, temperature, temperatures, row, SOFTCAP)
-    policy = start(policy, row, inner_rows, policy_outer, policy_inner)
-    if positive is not None:
-        positive = start(positive, row, inner_rows, positive_outer, positive_inner)
-    if negative is not None:
-        negative = start(negative, row, inner_rows, negative_outer, negative_inner)
-    top, total, q, own, offset, spread, advantage = score(
+    label, unit, inner, policy, top, total, q, own, offset, spread, advantage = score(
         policy, positive, negative, advantages, negative_mask, values,
         logprobs, positive_logprobs, negative_logprobs, evidence, weight, token_advantages, entropy,
-        row, label, vocabulary, unit, inner, lam, eps_w, SOFTCAP, entropy is not None, BLOCK, UNROLL,
+        policy_outer, policy_inner, positive_outer, positive_inner, negative_outer, negative_inner,
+        row, inner_rows, label, vocabulary, scale, cap, temperature, temperatures, lam, eps_w,
+        SOFTCAP, entropy is not None, BLOCK, UNROLL,
     )  # fmt: skip
 
     low = 1.0 - tl.full((), clip_low, tl.float64)

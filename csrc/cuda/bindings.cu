@@ -102,6 +102,16 @@ PYBIND11_MODULE(_cuda_emulated, m) {
         cepo::emulator::options.order = static_cast<cepo::emulator::Order>(order);
         cepo::emulator::options.seed = seed;
     });
+    m.def("forbid", [](uintptr_t at, size_t bytes) { cepo::emulator::forbid(cepo::at<void>(at), bytes); });
+    m.def("allow", [](uintptr_t at, size_t bytes) { cepo::emulator::allow(cepo::at<void>(at), bytes); });
+    m.def("watch", [](uintptr_t at, size_t bytes) { cepo::emulator::watched.push_back({at, at + bytes, {}}); });
+    // Bytes read and written, per stretch that was watched; forgets them.
+    m.def("seen", [] {
+        py::list found;
+        for (const auto& stretch : std::exchange(cepo::emulator::watched, {}))
+            found.append(py::make_tuple(stretch.counters.read, stretch.counters.written));
+        return found;
+    });
 #else
 PYBIND11_MODULE(_cuda, m) {
 #endif

@@ -1,0 +1,133 @@
+"""What a GPU's measurements go through: the tables of launches and choices, ncu's report, the README's table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cepo_kernels
+from cepo_kernels import backends
+from cepo_kernels.backends import tables
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+import dram  # noqa: E402
+import readme  # noqa: E402
+import tune  # noqa: E402
+
+HOPPER = (9, 0)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine with a GPU on which every backend says that it can run, as far as a choice is concerned."""
+    monkeypatch.setattr(backends, "compute_capability", lambda: HOPPER)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "unavailable", lambda *_: None)
+    monkeypatch.setattr(tables, "FASTEST", {})
+
+
+def group(kind, vocabulary=32_000, dtype="torch.bfloat16", **ms):
+    rows = [{"name": name, "ms": value, "share": 1 / value, "peak_mib": 3.0} for name, value in ms.items()]
+    return {"kind": kind, "vocabulary": vocabulary, "dtype": dtype, "rows": rows}
+
+
+def test_triton_runs_where_nothing_was_measured(hopper):
+    assert backends.preference("cuda", torch.bfloat16)[0] == "triton"
+    report = cepo_kernels.backend_report()
+    assert set(report.basis.values()) == {"not measured on this device (compute capability 9.0)"}
+    assert "not measured on this device" in str(report)
+
+
+def test_a_measurement_decides_for_its_op_and_its_gpu_alone(hopper):
+    tables.FASTEST[("policy_loss", HOPPER)] = "cuda"
+    tables.FASTEST[("forward", (8, 0))] = "cuda"
+    report = cepo_kernels.backend_report()
+    assert report.chosen["contrastive_policy_loss"]["cuda"] == "cuda"
+    assert report.chosen["contrastive_logprobs"]["cuda"] == "triton"
+    assert "cuda measured fastest on compute capability 9.0: contrastive_policy_loss" in str(report)
+    assert backends.preference("cuda", torch.float64, "policy_loss") == ("reference",)
+    assert backends.preference("cpu", torch.float32, "policy_loss") == ("cpu", "reference")
+
+
+def test_every_choice_rests_on_a_measurement_that_is_kept():
+    kept = [json.loads(path.read_text()) for path in (BENCHMARKS / "results").glob("gpu-*.json")]
+    for choice in tables.FASTEST.items():
+        line = tune.source((), dict([choice])).splitlines()[-2]
+        assert any(line in of.get("tables", "") for of in kept), f"{choice}: no file in benchmarks/results says so"
+
+
+@pytest.mark.parametrize("vocabulary", [1, 256, 257, 1024, 2048, 2049, 151_936, 2**30])
+def test_lanes_depend_on_the_vocabulary_alone(vocabulary):
+    launches = [tables.launch(vocabulary, dtype, False) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    assert len({(launch.block, launch.unroll) for launch in launches}) == 1
+    assert all(launch.block % 32 == 0 for launch in launches)
+
+
+def test_the_fastest_launch_is_found_and_the_table_left_as_it_was():
+    before = tables.LAUNCHES
+
+    def measure(vocabulary, dtype):
+        launch = tables.launch(vocabulary, dtype, False)
+        wanted = (64, 1, 2) if vocabulary == 256 else (512, 8, 2) if dtype == torch.float32 else (512, 4, 3)
+        return 1.0 + sum(a != b for a, b in zip((launch.block, launch.warps, launch.stages), wanted, strict=True))
+
+    lines = tune.launches(measure)
+    assert tables.LAUNCHES is before
+    assert lines[0] == (256, 64, {2: tables.Threads(1, 2), 4: tables.Threads(1, 2)})
+    assert lines[-1] == (2**31 - 1, 512, {2: tables.Threads(4, 3), 4: tables.Threads(8, 2)})
+    groups = [group("forward", cuda=1.0, triton=2.0), group("separate", cuda=3.0, triton=2.0),
+              group("fused", cuda=2.0, triton=1.9), group("fused", cuda=1.0)]  # fmt: skip
+    best = tune.fastest(groups, HOPPER)
+    assert best == {("forward", HOPPER): "cuda", ("policy_loss", HOPPER): "triton"}
+    names = {"Threads": tables.Threads}
+    exec(tune.source(lines, best), names)
+    assert (list(names["LAUNCHES"]), names["FASTEST"]) == (lines, best)
+
+
+def test_the_tables_stand_in_their_file_as_they_are_printed():
+    printed = tune.source(tables.LAUNCHES, {})
+    file = Path(tables.__file__).read_text()
+    assert printed[: printed.index("FASTEST")].strip() in file
+
+
+def test_ncus_report_is_held_against_the_model(capsys):
+    line = '"{}","1","python","host","stream_rows","1","7","{}","byte","{}"'
+    report = ["==PROF== Connected to process 1",
+              '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Metric Name",'
+              '"Metric Unit","Metric Value"',
+              line.format(0, "dram__bytes_read.sum", "1,000"), line.format(0, "dram__bytes_write.sum", "500"),
+              line.format(1, "dram__bytes_read.sum", "2,000"), line.format(1, "dram__bytes_write.sum", "0"),
+              "==PROF== Disconnected"]  # fmt: skip
+    seen = dram.measured("\n".join(report))
+    assert seen == [1500, 2000]
+    assert dram.compare(seen, [("a", 1450), ("b", 2000)])
+    assert not dram.compare(seen, [("a", 1500), ("b", 2200)])
+    assert capsys.readouterr().out.count("OFF") == 1
+    with pytest.raises(SystemExit, match="expected 1 kernels"):
+        dram.compare(seen, [("a", 1500)])
+    with pytest.raises(SystemExit, match="expected bytes"):
+        dram.measured("\n".join(report).replace('"byte"', '"Mbyte"'))
+    with pytest.raises(SystemExit, match="column names"):
+        dram.measured("==ERROR== no permission")
+
+
+def test_the_readmes_table_is_empty_until_a_gpu_has_run_and_then_shows_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    empty = readme.gpu()
+    assert "Not yet measured" in empty
+    assert len(rows := empty.splitlines()[4:]) == 6
+    assert all(row.endswith("|  |  |  |  |  |") for row in rows)
+    groups = [group("forward", cuda=2.0, triton=1.25, TRL=2.5, eager=12.5),
+              group("fused", cuda=2.0, triton=2.5, TRL=3.0), group("separate", cuda=2.0, triton=2.5)]  # fmt: skip
+    machine = {"gpu": "NVIDIA H200", "torch": "2.11", "date": "2026-12-01"}
+    (tmp_path / "gpu-nvidia-h200.json").write_text(json.dumps({"machine": machine, "groups": groups}))
+    full = readme.gpu()
+    assert "yet" not in full
+    cells = [row.split("|")[4].strip() for row in full.splitlines()[4:]]
+    dashes = "Liger -, quack -, torch.compile -"
+    assert cells == ["80%", "50%", "50%", "2.00x, -, 1.50x", dashes, "10.00x; 3"]
