@@ -2,7 +2,7 @@
 
 from .contrastive import ContrastiveLogprobs, contrastive_logprobs
 from .credit import contrastive_credit
-from .divergence import divergence
+from .divergence import divergence, linear_divergence
 from .head import LogprobHead, restore_head, use_logprob_head
 from .linear import linear_contrastive_logprobs, linear_contrastive_policy_loss, linear_token_logprobs
 from .policy_loss import PolicyLoss, contrastive_policy_loss
@@ -24,6 +24,7 @@ __all__ = [
     "divergence",
     "linear_contrastive_logprobs",
     "linear_contrastive_policy_loss",
+    "linear_divergence",
     "linear_token_logprobs",
     "restore_head",
     "token_logprobs",

@@ -110,22 +110,22 @@ def row_options(
     return temperature, scalar("logit_scale", logit_scale), cap
 
 
-def check_hidden(name: str, hidden: Tensor, labels: Tensor, weight: Tensor) -> None:
-    """``hidden`` must be (*labels.shape, H) for a head (V, H), and share its device."""
+def check_hidden(name: str, hidden: Tensor, labels: Tensor, weight: Tensor, rows: str = "labels") -> None:
+    """``hidden`` must be (*labels.shape, H) for a head (V, H), and share its device; ``rows`` is the labels' name."""
     if not isinstance(hidden, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(hidden).__name__}")
     if hidden.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {hidden.dtype}")
     expected = (*labels.shape, weight.shape[1])
     if tuple(hidden.shape) != expected:
-        raise ValueError(f"{name}: expected shape {expected}, of the labels and the head, got {tuple(hidden.shape)}")
-    _same_device(name, hidden, labels)
+        raise ValueError(f"{name}: expected shape {expected}, of the {rows} and the head, got {tuple(hidden.shape)}")
+    _same_device(name, hidden, labels, rows)
 
 
-def check_head(weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
-    """A head is (V, H), floating, on the labels' device; its bias (V,)."""
-    for name, tensor, dimensions in (("lm_head_weight", weight, 2), ("lm_head_bias", bias, 1)):
-        if tensor is None and name == "lm_head_bias":
+def check_head(weight: Tensor, bias: Tensor | None, labels: Tensor, prefix: str = "", rows: str = "labels") -> None:
+    """A head is (V, H), floating, on the device of the labels, whose name is ``rows``; its bias (V,)."""
+    for name, tensor, dimensions in ((f"{prefix}lm_head_weight", weight, 2), (f"{prefix}lm_head_bias", bias, 1)):
+        if tensor is None and dimensions == 1:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -135,9 +135,10 @@ def check_head(weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
             hint = "; under ZeRO-3 call a LogprobHead, which gathers it" if tensor.numel() == 0 else ""
             shape = "(V, H)" if dimensions == 2 else "(V,)"
             raise ValueError(f"{name}: expected shape {shape}, not empty, got {tuple(tensor.shape)}{hint}")
-        _same_device(name, tensor, labels)
+        _same_device(name, tensor, labels, rows)
     if bias is not None and bias.shape[0] != weight.shape[0]:
-        raise ValueError(f"lm_head_bias: expected shape ({weight.shape[0]},) as the head has, got {tuple(bias.shape)}")
+        expected = f"expected shape ({weight.shape[0]},) as the head has"
+        raise ValueError(f"{prefix}lm_head_bias: {expected}, got {tuple(bias.shape)}")
 
 
 def check_logits_dtype(dtype: torch.dtype | None, hidden: Tensor, weight: Tensor) -> None:

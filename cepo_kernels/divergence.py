@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, divergence_ops
+from . import checks, divergence_ops, linear_divergence_ops
+from .linear import _cast, _needs
 from .policy_loss import detached
 
 
@@ -77,6 +78,77 @@ def divergence(
             checks.check_in_place(student_logits, {"teacher_logits": teacher_logits}, "student_logits")
         return divergence_ops.Fused.apply(student_logits, inplace_grad, *arguments, backend)  # type: ignore
     return divergence_ops.divergence(student_logits, *arguments, needs_gradient, backend)[0]  # type: ignore
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    lm_head_weight: Tensor,
+    *,
+    teacher_lm_head_weight: Tensor | None = None,
+    lm_head_bias: Tensor | None = None,
+    teacher_lm_head_bias: Tensor | None = None,
+    kind: str = "forward_kl",
+    beta: float | Tensor = 0.5,
+    mask: Tensor | None = None,
+    clip: float | Tensor | None = None,
+    top_k: int | None = None,
+    temperature: float | Tensor = 1.0,
+    token_weight: Tensor | None = None,
+    logit_scale: float | Tensor = 1.0,
+    logit_softcap: float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`divergence` of ``student_hidden @ lm_head_weight.T`` and the teacher's, whose logits are never all there.
+
+    Logits are float32, summed in float32 whatever the dtype of the operands. The gradients of the student's hidden
+    states, head and bias are made with the values, chunk by chunk; rows that ``mask`` or ``token_weight`` leave out go
+    through no matrix product, and a frozen head costs no weight gradient. They serve any upstream gradient that is the
+    same for all rows, as that of ``.sum()``; where it differs among rows and the head is trained, the backward does the
+    work again: put row weights into ``token_weight``. Under autocast all are cast as those of a linear layer are.
+
+    Args:
+        student_hidden: (..., H) bfloat16, float16, float32 or float64. teacher_hidden: (..., H') for its own head.
+        lm_head_weight: (V, H). lm_head_bias: (V,) or None.
+        teacher_lm_head_weight: (V, H'); None: the student's, without gradient, and its bias too.
+        teacher_lm_head_bias: (V,) or None.
+        kind, beta, mask, clip, top_k, temperature, token_weight, logit_scale, logit_softcap, backend: as for
+            `divergence`.
+
+    Returns:
+        (...) float32 (float64 if an input is), in nats.
+
+    Raises:
+        TypeError, ValueError: an argument is malformed; the message says which, what was expected and what came.
+        RuntimeError: a named backend cannot run here.
+    """
+    if not isinstance(student_hidden, Tensor) or student_hidden.ndim == 0:
+        got = type(student_hidden).__name__ if not isinstance(student_hidden, Tensor) else "a 0-d one"
+        raise TypeError(f"student_hidden: expected a tensor (..., H), got {got}")
+    rows = student_hidden.detach().new_empty(()).expand(student_hidden.shape[:-1])
+    if teacher_lm_head_weight is None:
+        if teacher_lm_head_bias is not None:
+            raise ValueError("teacher_lm_head_bias: expected a teacher_lm_head_weight with it, got None")
+        teacher_lm_head_weight, teacher_lm_head_bias = lm_head_weight, lm_head_bias
+    checks.check_head(lm_head_weight, lm_head_bias, rows, "", "student_hidden")
+    checks.check_head(teacher_lm_head_weight, teacher_lm_head_bias, rows, "teacher_", "student_hidden")
+    if teacher_lm_head_weight.shape[0] != lm_head_weight.shape[0]:
+        expected = f"expected V = {lm_head_weight.shape[0]} as lm_head_weight has"
+        raise ValueError(f"teacher_lm_head_weight: {expected}, got {teacher_lm_head_weight.shape[0]}")
+    checks.check_hidden("student_hidden", student_hidden, rows, lm_head_weight, "rows")
+    checks.check_hidden("teacher_hidden", teacher_hidden, rows, teacher_lm_head_weight, "student's rows")
+    tensors: Any = (
+        student_hidden, teacher_hidden.detach(), lm_head_weight, lm_head_bias, teacher_lm_head_weight.detach(),
+        detached(teacher_lm_head_bias),
+    )  # fmt: skip
+    if torch.is_autocast_enabled(rows.device.type):
+        tensors = [_cast(x, torch.get_autocast_dtype(rows.device.type)) for x in tensors]
+    output = linear_divergence_ops.linear_divergence(
+        *tensors, *_how(rows, kind, beta, mask, clip, top_k, temperature, token_weight, logit_scale, logit_softcap),
+        [_needs(tensors[0]), _needs(tensors[2]), _needs(tensors[3])], backend,
+    )  # fmt: skip
+    values: Tensor = output[0]
+    return values
 
 
 def _how(

@@ -17,6 +17,7 @@ OPS = (
     "linear_token_logprobs",
     "linear_contrastive_logprobs",
     "linear_contrastive_policy_loss",
+    "linear_divergence",
 )
 
 

@@ -4,26 +4,10 @@
 
 #include <stdlib.h>
 
-#include <algorithm>
-
 #include "divergence_columns.h"
 
 namespace cepo {
 namespace CEPO_ISA {
-
-// What a thread allocates for itself. Not std::vector<double>, whose code the linker would share among instruction
-// sets.
-template <class T>
-struct Scratch {
-    T* const data;
-    explicit Scratch(int64_t n) : data(static_cast<T*>(malloc(n * sizeof(T)))) {
-        if (!data) abort();
-    }
-    ~Scratch() { free(data); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    T& operator[](int64_t i) const { return data[i]; }
-};
 
 // The rows, block by block.
 struct Block {
@@ -95,41 +79,49 @@ auto with_row(const Logits& logits, int64_t inner, int64_t row, F f) {
     }
 }
 
-// Columns of the k largest logits, of equals the first, in rising order.
 struct Candidate {
     float value;
     int64_t column;
 };
-struct Better {
-    bool operator()(const Candidate& a, const Candidate& b) const {
-        return a.value > b.value || (a.value == b.value && a.column < b.column);
-    }
-};
+// As large as the value is.
+inline uint32_t rank_of(float value) {
+    const uint32_t bits = bits_of(value);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// The k largest logits, of equals the first, in the order of their columns; `kept` has room for 2 k + kStep.
 template <class T>
-void largest(const T* x, int64_t vocabulary, int64_t k, int64_t* columns) {
-    const int64_t room = 2 * k + kStep;
-    Scratch<Candidate> kept(room);
+void largest(const T* x, int64_t vocabulary, int64_t k, Candidate* kept) {
     int64_t count = 0;
     float threshold = -INFINITY;
     bool has_k = false;  // the threshold is the k-th so far; a later column that equals it comes after it
     const auto reduce = [&] {
-        std::nth_element(kept.data, kept.data + k - 1, kept.data + count, Better());
-        threshold = kept[k - 1].value;
+        uint32_t lowest = 0;  // the k-th rank, bit by bit
+        for (uint32_t bit = 0x80000000u; bit; bit >>= 1) {
+            int64_t reach = 0;
+            for (int64_t i = 0; i < count; ++i) reach += rank_of(kept[i].value) >= (lowest | bit);
+            if (reach >= k) lowest |= bit;
+        }
+        int64_t equals = k, out = 0;
+        for (int64_t i = 0; i < count; ++i) equals -= rank_of(kept[i].value) > lowest;
+        for (int64_t i = 0; i < count; ++i) {
+            const uint32_t rank = rank_of(kept[i].value);
+            if (rank == lowest) threshold = kept[i].value;
+            if (rank > lowest || (rank == lowest && equals-- > 0)) kept[out++] = kept[i];
+        }
+        count = out;
         has_k = true;
-        count = k;
     };
     for (int64_t start = 0; start < vocabulary; start += kStep) {
         const int64_t n = vocabulary - start < kStep ? vocabulary - start : kStep;
         if (has_k && n == kStep && !(block_max(x + start, kStep) > threshold)) continue;
         for (int64_t j = start; j < start + n; ++j) {
-            const float raw = widened(x[j]), value = raw != raw ? INFINITY : raw;
-            if (!has_k || value > threshold) kept[count++] = {value, j};
-            if (count == room) reduce();
+            const float value = widened(x[j]) + 0.0f;  // of -0 a 0, which it equals
+            if (!has_k || value > threshold) kept[count++] = {value != value ? INFINITY : value, j};
+            if (count == 2 * k + kStep) reduce();
         }
     }
     if (count > k) reduce();
-    for (int64_t i = 0; i < k; ++i) columns[i] = kept[i].column;
-    std::sort(columns, columns + k);
 }
 
 // One row of a call.
@@ -139,8 +131,10 @@ struct Pair {
     const double weight;
     const Transform transform;
     const bool in_order;
-    const bool writes;                // a gradient
-    const int64_t* chosen = nullptr;  // top_k columns that the sweeps leave out, in rising order
+    const bool writes;                  // a gradient
+    const Candidate* chosen = nullptr;  // top_k columns that the sweeps leave out, in rising order
+    void* rooms[6];
+    int rooms_taken = 0;
     Block block;
 
     Pair(const Divergence& d, int64_t row, double weight)
@@ -197,8 +191,8 @@ struct Pair {
                 capped_block(block.teacher, full, transform.inner, teacher_y = block.teacher_capped);
                 for (int64_t j = n; j < full; ++j) student_y[j] = teacher_y[j] = -INFINITY;
             }
-            for (; next < d.top_k && chosen[next] < start + n; ++next)
-                student_y[chosen[next] - start] = teacher_y[chosen[next] - start] = -INFINITY;
+            for (; next < d.top_k && chosen[next].column < start + n; ++next)
+                student_y[chosen[next].column - start] = teacher_y[chosen[next].column - start] = -INFINITY;
             block.student_y = student_y, block.teacher_y = teacher_y;
             if (!f(start, n, full)) return;
         }
@@ -292,10 +286,10 @@ struct Pair {
     }
 
     void run() {
-        Scratch<int64_t> columns(d.top_k);
         if (d.top_k > 0) {
-            with_row(d.student, d.inner, row, [&](auto x) { largest(x, d.vocabulary, d.top_k, columns.data); });
-            chosen = columns.data;
+            Candidate* const kept = room<Candidate>(2 * d.top_k + kStep);
+            with_row(d.student, d.inner, row, [&](auto x) { largest(x, d.vocabulary, d.top_k, kept); });
+            chosen = kept;
         }
         Scan student, teacher;
         student.k = teacher.k = transform.k;
@@ -342,6 +336,14 @@ struct Pair {
         write<kForm>(exact, divergence_level(found.sums, how()), weight * transform.chain);
     }
 
+    // Memory until the row is done. No destructor frees it: exceptions and what they drag in stay out.
+    template <class T>
+    T* room(int64_t n) {
+        rooms[rooms_taken] = malloc(n * sizeof(T));
+        if (!rooms[rooms_taken]) abort();
+        return static_cast<T*>(rooms[rooms_taken++]);
+    }
+
     // The same of n entries, logits in nats, their derivatives instead of the students'; NaN where there is none.
     double solve(int64_t n, double* students, const double* teachers) const {
         const double log_q = logsumexp(n, students), log_p = logsumexp(n, teachers);
@@ -364,12 +366,12 @@ struct Pair {
     }
 
     void run_slowly() {
-        Scratch<double> students(d.vocabulary), teachers(d.vocabulary);
+        double *const students = room<double>(d.vocabulary), *const teachers = room<double>(d.vocabulary);
         for (int64_t j = 0; j < d.vocabulary; ++j) {
             students[j] = natural(logit(d.student, j));
             teachers[j] = natural(logit(d.teacher, j));
         }
-        put_value(solve(d.vocabulary, students.data, teachers.data));
+        put_value(solve(d.vocabulary, students, teachers));
         if (!writes) return;
         put_columns([&](int64_t j) { return weight * transform.chain * cap_slope(logit(d.student, j)) * students[j]; });
     }
@@ -377,10 +379,11 @@ struct Pair {
     // The chosen columns and one bucket of the others, whose logit is their logsumexp.
     void run_entries(RowSum student, RowSum teacher, bool slow) {
         const int64_t k = d.top_k;
-        Scratch<double> students(k + 1), teachers(k + 1), slopes(k);
+        double *const students = room<double>(k + 1), *const teachers = room<double>(k + 1);
+        double* const slopes = room<double>(k);
         for (int64_t i = 0; i < k; ++i) {
-            const float x = logit(d.student, chosen[i]);
-            students[i] = natural(x), teachers[i] = natural(logit(d.teacher, chosen[i]));
+            const float x = logit(d.student, chosen[i].column);
+            students[i] = natural(x), teachers[i] = natural(logit(d.teacher, chosen[i].column));
             slopes[i] = weight * transform.chain * cap_slope(x);
         }
         if (slow) {
@@ -394,7 +397,7 @@ struct Pair {
             }
         }
         const double bucket = students[k];
-        put_value(solve(k + 1, students.data, teachers.data));
+        put_value(solve(k + 1, students, teachers));
         if (!writes) return;
         const double factor = weight * transform.chain * students[k];
         if (factor != factor || bucket == -INFINITY) {
@@ -417,20 +420,21 @@ struct Pair {
             });
         }
         with_row(d.gradient, d.inner, row, [&](auto x) {
-            for (int64_t i = 0; i < k; ++i) narrow(static_cast<float>(slopes[i] * students[i]), writable(x)[chosen[i]]);
+            for (int64_t i = 0; i < k; ++i)
+                narrow(static_cast<float>(slopes[i] * students[i]), writable(x)[chosen[i].column]);
         });
     }
-    double slow_bucket(const Logits& logits) const {
-        Scratch<double> others(d.vocabulary);
+    double slow_bucket(const Logits& logits) {
+        double* const others = room<double>(d.vocabulary);
         int64_t count = 0, next = 0;
         for (int64_t j = 0; j < d.vocabulary; ++j) {
-            if (next < d.top_k && chosen[next] == j) {
+            if (next < d.top_k && chosen[next].column == j) {
                 ++next;
             } else {
                 others[count++] = natural(logit(logits, j));
             }
         }
-        return logsumexp(count, others.data);
+        return logsumexp(count, others);
     }
 };
 
@@ -438,7 +442,9 @@ void divergence_rows(const Divergence& d, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         const double weight = d.weight ? d.weight[row] : 1.0;
         if (weight != 0.0) {
-            Pair(d, row, weight).run();
+            Pair pair(d, row, weight);
+            pair.run();
+            while (pair.rooms_taken > 0) free(pair.rooms[--pair.rooms_taken]);
             continue;
         }
         d.values[row] = 0.0f;

@@ -1,0 +1,90 @@
+"""The op behind `linear_divergence`: two heads applied to a bounded number of rows at a time, and their divergences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .divergence_ops import HOW, Call, is_uniform, times_rows
+from .divergence_ops import result_dtype as wider
+from .linear_ops import _chosen, _empty_gradients, _pieces
+from .linear_products import Gradients, Head, Products, result_dtype
+from .rows import DivergenceOutputs
+
+_HEADS = "Tensor student, Tensor teacher, Tensor weight, Tensor? bias, Tensor teacher_weight, Tensor? teacher_bias"
+ops.library.define(
+    f"linear_divergence({_HEADS}, {HOW.replace('Tensor? weight', 'Tensor? row_weight')}, bool[] needs, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
+)
+linear_divergence = torch.ops.cepo_kernels.linear_divergence.default
+
+
+def _values(student: Tensor, teacher: Tensor, weight: Tensor, teacher_weight: Tensor) -> Tensor:
+    """Unfilled, in the dtype that divergences of the logits would have."""
+    logits = [x.new_empty(0, dtype=result_dtype(x, w)) for x, w in ((student, weight), (teacher, teacher_weight))]
+    return student.new_empty(student.shape[:-1], dtype=wider(*logits))
+
+
+def _linear_divergence(
+    student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, teacher_weight: Tensor,
+    teacher_bias: Tensor | None, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    *how, needs, backend = rest
+    values = _values(student, teacher, weight, teacher_weight).zero_()
+    call = Call(values.shape, weight.shape[0], student.device, values.dtype, (*how, backend))
+    students, teachers = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
+    of_student = Products(Head(weight, bias), students)
+    of_teacher = Products(Head(teacher_weight, teacher_bias), teachers)
+    gradients = Gradients(of_student, students, needs)
+    flat = values.view(-1)
+    scored = torch.ones_like(flat, dtype=torch.bool) if call.weight is None else call.weight != 0
+    for rows in _pieces(_chosen(scored), of_student.rows(2)):
+        logits, part = of_student.logits(students[rows]), flat.new_empty(rows.shape)
+        gradient = logits.unsqueeze(0) if any(needs) else None
+        others = of_teacher.logits(teachers[rows])
+        call.run(logits.unsqueeze(0), others.unsqueeze(0), rows, DivergenceOutputs(part, gradient))
+        flat[rows] = part
+        if any(needs):
+            gradients.add(rows, logits, students[rows])
+    grad_hidden, grad_weight, grad_bias = gradients.results()
+    return values, grad_hidden.view(student.shape) if needs[0] else grad_hidden, grad_weight, grad_bias
+
+
+def _fake(
+    student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, teacher_weight: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _values(student, teacher, weight, teacher_weight), *_empty_gradients(student, weight, bias, rest[-2])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.tensors = [x is None or isinstance(x, Tensor) for x in inputs]
+    ctx.others = [None if is_tensor else x for x, is_tensor in zip(inputs, ctx.tensors, strict=True)]
+    ctx.save_for_backward(*output[1:], *(x for x, is_tensor in zip(inputs, ctx.tensors, strict=True) if is_tensor))
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients made in the forward, times what came from above; the head's again if that differs among rows."""
+    gradients, needs = ctx.saved_tensors[:3], ctx.others[-2]
+    found: list[Tensor | None] = [None, None, None]
+    if upstream is not None and is_uniform(upstream):
+        factor = upstream.sum() if upstream.numel() <= 1 else upstream[(0,) * upstream.ndim]
+        found = [(gradient * factor).to(gradient.dtype) for gradient in gradients]
+    elif upstream is not None and not (needs[1] or needs[2]):
+        found[0] = times_rows(gradients[0], upstream)
+    elif upstream is not None:
+        tensors = iter(ctx.saved_tensors[3:])
+        inputs = [next(tensors) if is_tensor else x for x, is_tensor in zip(ctx.others, ctx.tensors, strict=True)]
+        weight = inputs[6]
+        inputs[6] = upstream if weight is None else torch.where(weight == 0, 0.0, weight * upstream)
+        found = list(linear_divergence(*inputs)[1:])
+    hidden, weight, bias = (x if wanted else None for x, wanted in zip(found, needs, strict=True))
+    return hidden, None, weight, bias, *(None,) * (len(ctx.others) - 4)
+
+
+ops.library.impl("linear_divergence", _linear_divergence, "CompositeExplicitAutograd")
+torch.library.register_fake("cepo_kernels::linear_divergence", _fake, lib=ops.library)
+torch.library.register_autograd("cepo_kernels::linear_divergence", _backward, setup_context=_save, lib=ops.library)
