@@ -507,18 +507,28 @@ def test_it_is_listed():
     assert "divergence" in cepo_kernels.backend_report().chosen
 
 
-def test_a_backend_without_it_is_passed_over_or_refused():
+def test_a_backend_without_it_is_passed_over_or_refused(monkeypatch, caplog):
     class Without:
+        forward = None
+
         @staticmethod
         def unavailable(device_type):
             return None
 
-    assert backends.unavailable("reference", "cpu", "divergence") is None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "load", lambda name: Without)
-        backends.unavailable.cache_clear()
-        assert backends.unavailable("triton", "cpu") == "it has no forward yet"
-    backends.unavailable.cache_clear()
+    load = backends.load
+    monkeypatch.setattr(backends, "load", lambda name: Without if name == "cpu" else load(name))
+    for cached in (backends.choose, backends.unavailable):
+        cached.cache_clear()
+    try:
+        assert backends.choose("auto", "cpu", torch.float32) is Without
+        assert backends.choose("auto", "cpu", torch.float32, "divergence") is load("reference")
+        assert "slowly: it has no divergence yet" in caplog.text
+        assert cepo_kernels.backend_report().chosen["divergence"]["cpu"] == "reference"
+        with pytest.raises(RuntimeError, match="backend: 'cpu' cannot run here: it has no divergence yet"):
+            divergence(*pair(), backend="cpu")
+    finally:
+        for cached in (backends.choose, backends.unavailable):
+            cached.cache_clear()
 
 
 @pytest.mark.parametrize(

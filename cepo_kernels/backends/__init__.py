@@ -73,8 +73,9 @@ def choose(name: str, device_type: str, dtype: torch.dtype, function: str = "for
         for candidate in preference(device_type, dtype, function):
             if unavailable(candidate, device_type, function) is None:
                 logger.info("cepo_kernels uses the %s backend: %s of %s on %s", candidate, function, dtype, device_type)
-                if (device_type, candidate) == ("cpu", "reference") and dtype != torch.float64:
-                    logger.warning("cepo_kernels runs on plain PyTorch, slowly: %s", unavailable("cpu", "cpu"))
+                if (first := preference(device_type, dtype, function)[0]) != candidate == "reference":
+                    reason = unavailable(first, device_type, function)
+                    logger.warning("cepo_kernels runs on plain PyTorch, slowly: %s", reason)
                 return load(candidate)
     if name not in NAMES:
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(NAMES)}; got {name!r}")

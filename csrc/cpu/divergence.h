@@ -203,14 +203,16 @@ struct Pair {
     }
 
     // f(first column, which of two, the columns) for every vector of a block.
-    template <class F>
+    template <int kNeeds, class F>
     void over_columns(int64_t full, const Levels& l, F f) {
+        const float* const student_y = kNeeds == kEverything ? block.student_y : block.student;
+        const float* const teacher_y = kNeeds == kEverything ? block.teacher_y : block.teacher;
         for (int64_t j = 0; j < full; j += 2 * kWidth)
             for (int i = 0; i < 2; ++i) {
                 const int64_t at = j + i * kWidth;
                 f(at, i,
-                  column_of(load(block.student + at), load(block.teacher + at), load(block.student_y + at),
-                            load(block.teacher_y + at), l));
+                  column_of<kNeeds>(load(block.student + at), load(block.teacher + at), load(student_y + at),
+                                    load(teacher_y + at), l));
             }
     }
 
@@ -219,26 +221,26 @@ struct Pair {
         double shift = 0.0;  // sum q - p: what is wrong with the normalisers
         float worst = -INFINITY;
     };
-    template <int kForm>
+    template <int kForm, int kNeeds>
     Sums sum(const Levels& l, bool with_log) {
         Sums total;
         over_blocks([&](int64_t, int64_t, int64_t full) {
             const Vec zero = set(0.0f), one = set(1.0f);
             Vec value[2] = {zero, zero}, shift[2] = {zero, zero}, cut[2] = {zero, zero}, clipped[2] = {zero, zero},
                 mean[2] = {zero, zero}, worst[2] = {set(-INFINITY), set(-INFINITY)};
-            over_columns(full, l, [&](int64_t, int i, const Column& c) {
+            over_columns<kNeeds>(full, l, [&](int64_t, int i, const Column& c) {
                 const Share s = share_of<kForm>(c, l, with_log);
                 const Vec gap = mul(c.hi, c.complement);
                 shift[i] = add(shift[i], where_less(c.r, zero, gap, sub(zero, gap)));
                 const Vec at_clip = kForm == kForwardKl || kForm == kReverseKl ? sub(l.clip, gap) : l.clip;
-                value[i] = add(value[i], where_clipped<kForm>(c, s, l, at_clip, mul(c.hi, s.value)));
-                clipped[i] = add(clipped[i], where_clipped<kForm>(c, s, l, one, zero));
+                value[i] = add(value[i], where_clipped<kForm, kNeeds>(c, s, l, at_clip, mul(c.hi, s.value)));
+                clipped[i] = add(clipped[i], where_clipped<kForm, kNeeds>(c, s, l, one, zero));
                 if (kForm == kForwardKl || kForm == kReverseKl) {
-                    cut[i] = add(cut[i], where_clipped<kForm>(c, s, l, c.hi, zero));
+                    cut[i] = add(cut[i], where_clipped<kForm, kNeeds>(c, s, l, c.hi, zero));
                     worst[i] = max(kForm == kForwardKl ? c.r : sub(zero, c.r), worst[i]);
                 } else if (with_log) {
                     const Vec q = mul(c.hi, where_less(c.r, zero, one, c.w));
-                    mean[i] = add(mean[i], where_clipped<kForm>(c, s, l, zero, mul(q, s.log_share)));
+                    mean[i] = add(mean[i], where_clipped<kForm, kNeeds>(c, s, l, zero, mul(q, s.log_share)));
                 }
             });
             total.sums.value += lane_sum(value[0], value[1]);
@@ -252,23 +254,23 @@ struct Pair {
         return total;
     }
 
-    template <int kForm>
+    template <int kForm, int kNeeds>
     void write(const Levels& l, double level_of_q, double factor) {
         const Vec level = set(static_cast<float>(level_of_q)), zero = set(0.0f), one = set(1.0f);
         const Vec by = set(static_cast<float>(kForm == kJsd || kForm == kEvenJsd ? factor * (1.0 - d.beta) : factor));
         over_blocks([&](int64_t start, int64_t n, int64_t full) {
-            over_columns(full, l, [&](int64_t j, int, const Column& c) {
+            over_columns<kNeeds>(full, l, [&](int64_t j, int, const Column& c) {
                 const Share s = share_of<kForm>(c, l, true);
                 const Vec q = mul(c.hi, where_less(c.r, zero, one, c.w));
                 Vec slope;
                 if (kForm == kForwardKl) {
                     const Vec gap = mul(c.hi, where_less(c.r, zero, c.complement, sub(zero, c.complement)));
-                    slope = sub(where_clipped<kForm>(c, s, l, q, gap), mul(q, level));
+                    slope = sub(where_clipped<kForm, kNeeds>(c, s, l, q, gap), mul(q, level));
                 } else if (kForm == kReverseKl) {
                     const Vec ratio = where_less(c.r, zero, c.u, sub(zero, c.u));
-                    slope = mul(q, sub(where_clipped<kForm>(c, s, l, set(-1.0f), ratio), level));
+                    slope = mul(q, sub(where_clipped<kForm, kNeeds>(c, s, l, set(-1.0f), ratio), level));
                 } else {
-                    slope = mul(q, sub(where_clipped<kForm>(c, s, l, zero, s.log_share), level));
+                    slope = mul(q, sub(where_clipped<kForm, kNeeds>(c, s, l, zero, s.log_share), level));
                 }
                 emit(j, mul(by, slope));
             });
@@ -305,14 +307,21 @@ struct Pair {
         if (slow) return run_slowly();
         if (student.sum.s == 0.0 || teacher.sum.s == 0.0) return give_up();
         if (d.vocabulary == 1) return run_slowly();  // exactly 0
+        if (transform.capped || d.clip < INFINITY) return run_fast<kEverything>(student.sum, teacher.sum);
+        const bool narrow = d.student.dtype != Dtype::kFloat32 && d.teacher.dtype != Dtype::kFloat32;
+        narrow ? run_fast<kExactDifferences>(student.sum, teacher.sum)
+               : run_fast<kNoCapNoClip>(student.sum, teacher.sum);
+    }
+    template <int kNeeds>
+    void run_fast(RowSum student, RowSum teacher) {
         switch (how().kind) {
             case Kind::kForward:
-                return run_fast<kForwardKl>(student.sum, teacher.sum);
+                return run_form<kForwardKl, kNeeds>(student, teacher);
             case Kind::kReverse:
-                return run_fast<kReverseKl>(student.sum, teacher.sum);
+                return run_form<kReverseKl, kNeeds>(student, teacher);
             default:
-                return d.beta == 0.5 ? run_fast<kEvenJsd>(student.sum, teacher.sum)
-                                     : run_fast<kJsd>(student.sum, teacher.sum);
+                return d.beta == 0.5 ? run_form<kEvenJsd, kNeeds>(student, teacher)
+                                     : run_form<kJsd, kNeeds>(student, teacher);
         }
     }
 
@@ -320,10 +329,10 @@ struct Pair {
         return (teacher.c - student.c) + (log2(teacher.s) - log2(student.s));
     }
 
-    template <int kForm>
-    void run_fast(RowSum student, RowSum teacher) {
+    template <int kForm, int kNeeds>
+    void run_form(RowSum student, RowSum teacher) {
         const double gap = gap_of(student, teacher);
-        Sums found = sum<kForm>(Levels(transform, student, teacher, gap, d), writes);
+        Sums found = sum<kForm, kNeeds>(Levels(transform, student, teacher, gap, d), writes);
         double& value = found.sums.value;
         if (!(fabs(value) < INFINITY) || found.worst > kFarApart) return run_slowly();
         const bool is_jsd = kForm == kJsd || kForm == kEvenJsd;
@@ -333,7 +342,7 @@ struct Pair {
         if (!writes) return;
         // A jsd's gradient is unmoved to first order: the mean has the same error.
         const Levels exact(transform, student, teacher, is_jsd ? gap : gap - log1p(found.shift) / kLn2, d);
-        write<kForm>(exact, divergence_level(found.sums, how()), weight * transform.chain);
+        write<kForm, kNeeds>(exact, divergence_level(found.sums, how()), weight * transform.chain);
     }
 
     // Memory until the row is done. No destructor frees it: exceptions and what they drag in stay out.
@@ -344,7 +353,7 @@ struct Pair {
         return static_cast<T*>(rooms[rooms_taken++]);
     }
 
-    // The same of n entries, logits in nats, their derivatives instead of the students'; NaN where there is none.
+    // The divergence of n entries, logits in nats; its derivatives take the place of the students' logits.
     double solve(int64_t n, double* students, const double* teachers) const {
         const double log_q = logsumexp(n, students), log_p = logsumexp(n, teachers);
         DivergenceSums sums;
@@ -392,7 +401,8 @@ struct Pair {
             students[k] = (student.c + log2(student.s)) * kLn2, teachers[k] = (teacher.c + log2(teacher.s)) * kLn2;
             if (student.s > 0.0 && teacher.s > 0.0) {
                 const double gap = gap_of(student, teacher);
-                const double shift = sum<kForwardKl>(Levels(transform, student, teacher, gap, d), false).shift;
+                const double shift =
+                    sum<kForwardKl, kEverything>(Levels(transform, student, teacher, gap, d), false).shift;
                 students[k] = teachers[k] - gap * kLn2 + log1p(shift);
             }
         }

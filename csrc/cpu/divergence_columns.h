@@ -12,6 +12,8 @@ namespace cepo {
 namespace CEPO_ISA {
 
 enum Form { kForwardKl, kReverseKl, kJsd, kEvenJsd };  // the last: of beta 1/2
+// What a call can do without: a soft cap and a clip; and, of 16-bit logits, the rounding of their difference.
+enum Needs { kEverything, kNoCapNoClip, kExactDifferences };
 constexpr float kFarApart = 0x1p22f;  // a log2 ratio from which a probability that float32 lacks may weigh: go slow
 
 // w = 2^-t and 1 - w for t in [0, 127], each to the last bits.
@@ -93,12 +95,15 @@ struct Column {
 };
 
 // From the raw logits x and what exponents are made of, y; the same but under a soft cap.
+template <int kNeeds>
 inline Column column_of(Vec student_x, Vec teacher_x, Vec student_y, Vec teacher_y, const Levels& l) {
     const Vec zero = set(0.0f), lowest = set(-0x1.fffffep127f);
     const Vec a = max(teacher_x, lowest), b = max(student_x, lowest);
     const Vec d = sub(a, b);
     Column c;
-    if (l.capped) {  // tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)
+    if (kNeeds == kExactDifferences) {
+        c.r = add(fused(l.k, d, l.delta), l.delta_rest);
+    } else if (kNeeds == kEverything && l.capped) {  // tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)
         const Vec product = fma(sub(zero, teacher_y), student_y, set(1.0f));
         c.r = add(fused(l.k, mul(tanh_of(mul(d, l.inner)), product), l.delta), l.delta_rest);
     } else {
@@ -163,8 +168,9 @@ inline Share share_of(const Column& c, const Levels& l, bool with_log) {
 }
 
 // Whether a KL's term, or a jsd's, is above the clip: x where it is, else y.
-template <int kForm>
+template <int kForm, int kNeeds>
 inline Vec where_clipped(const Column& c, const Share& s, const Levels& l, Vec x, Vec y) {
+    if (kNeeds != kEverything) return y;
     const Vec zero = set(0.0f);
     if (kForm == kForwardKl) return where_less(l.clip, where_less(c.r, zero, zero, mul(c.hi, c.u)), x, y);
     if (kForm == kReverseKl) return where_less(l.clip, where_less(c.r, zero, mul(c.hi, c.u), zero), x, y);
