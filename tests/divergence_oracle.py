@@ -17,6 +17,18 @@ import cepo_kernels
 
 Wide = np.longdouble
 
+KINDS = ("forward_kl", "reverse_kl", "jsd")
+VARIANTS = [{"kind": kind} for kind in KINDS] + [{"kind": "jsd", "beta": beta} for beta in (0.01, 0.3, 0.9, 0.0, 1.0)]
+CUTS = [{}, {"clip": 0.02}, {"top_k": 20}, {"top_k": 20, "clip": 0.01}]
+ROWS = 6
+
+
+def pair(dtype=torch.float32, vocabulary=900, shape=(ROWS,), gap=1.5, seed=1, offset=0.0):
+    """A student, and a teacher whose logits differ from it by about ``gap``."""
+    student = oracle.logits_like((*shape, vocabulary), seed, torch.float64)
+    teacher = student + oracle.logits_like((*shape, vocabulary), seed + 1, torch.float64, gap, offset)
+    return student.to(dtype), teacher.to(dtype)
+
 
 def row(
     student: Any, teacher: Any, kind: str = "forward_kl", beta: float = 0.5, clip: float | None = None,
