@@ -97,6 +97,7 @@ def linear_divergence(
     token_weight: Tensor | None = None,
     logit_scale: float | Tensor = 1.0,
     logit_softcap: float | Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`divergence` of ``student_hidden @ lm_head_weight.T`` and the teacher's, whose logits are never all there.
@@ -113,7 +114,7 @@ def linear_divergence(
         teacher_lm_head_weight: (V, H'); None: the student's, without gradient, and its bias too.
         teacher_lm_head_bias: (V,) or None.
         kind, beta, mask, clip, top_k, temperature, token_weight, logit_scale, logit_softcap, backend: as for
-            `divergence`.
+            `divergence`. logits_dtype: as for `linear_token_logprobs`.
 
     Returns:
         (...) float32 (float64 if an input is), in nats.
@@ -143,9 +144,11 @@ def linear_divergence(
     )  # fmt: skip
     if torch.is_autocast_enabled(rows.device.type):
         tensors = [_cast(x, torch.get_autocast_dtype(rows.device.type)) for x in tensors]
+    checks.check_logits_dtype(logits_dtype, tensors[0], tensors[2])
+    checks.check_logits_dtype(logits_dtype, tensors[1], tensors[4])
     output = linear_divergence_ops.linear_divergence(
         *tensors, *_how(rows, kind, beta, mask, clip, top_k, temperature, token_weight, logit_scale, logit_softcap),
-        [_needs(tensors[0]), _needs(tensors[2]), _needs(tensors[3])], backend,
+        [_needs(tensors[0]), _needs(tensors[2]), _needs(tensors[3])], logits_dtype, backend,
     )  # fmt: skip
     values: Tensor = output[0]
     return values

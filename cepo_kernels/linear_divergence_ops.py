@@ -16,15 +16,18 @@ from .rows import DivergenceOutputs
 
 _HEADS = "Tensor student, Tensor teacher, Tensor weight, Tensor? bias, Tensor teacher_weight, Tensor? teacher_bias"
 ops.library.define(
-    f"linear_divergence({_HEADS}, {HOW.replace('Tensor? weight', 'Tensor? row_weight')}, bool[] needs, str backend) -> "
-    "(Tensor, Tensor, Tensor, Tensor)"
+    f"linear_divergence({_HEADS}, {HOW.replace('Tensor? weight', 'Tensor? row_weight')}, bool[] needs, "
+    "ScalarType? logits_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 linear_divergence = torch.ops.cepo_kernels.linear_divergence.default
 
 
-def _values(student: Tensor, teacher: Tensor, weight: Tensor, teacher_weight: Tensor) -> Tensor:
+def _values(
+    student: Tensor, teacher: Tensor, weight: Tensor, teacher_weight: Tensor, logits_dtype: torch.dtype | None
+) -> Tensor:
     """Unfilled, in the dtype that divergences of the logits would have."""
-    logits = [x.new_empty(0, dtype=result_dtype(x, w)) for x, w in ((student, weight), (teacher, teacher_weight))]
+    pairs = ((student, weight), (teacher, teacher_weight))
+    logits = [x.new_empty(0, dtype=result_dtype(x, head, logits_dtype)) for x, head in pairs]
     return student.new_empty(student.shape[:-1], dtype=wider(*logits))
 
 
@@ -32,12 +35,12 @@ def _linear_divergence(
     student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, teacher_weight: Tensor,
     teacher_bias: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    *how, needs, backend = rest
-    values = _values(student, teacher, weight, teacher_weight).zero_()
+    *how, needs, logits_dtype, backend = rest
+    values = _values(student, teacher, weight, teacher_weight, logits_dtype).zero_()
     call = Call(values.shape, weight.shape[0], student.device, values.dtype, (*how, backend))
     students, teachers = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
-    of_student = Products(Head(weight, bias), students)
-    of_teacher = Products(Head(teacher_weight, teacher_bias), teachers)
+    of_student = Products(Head(weight, bias), students, logits_dtype)
+    of_teacher = Products(Head(teacher_weight, teacher_bias), teachers, logits_dtype)
     gradients = Gradients(of_student, students, needs)
     flat = values.view(-1)
     scored = torch.ones_like(flat, dtype=torch.bool) if call.weight is None else call.weight != 0
@@ -56,7 +59,9 @@ def _linear_divergence(
 def _fake(
     student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, teacher_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _values(student, teacher, weight, teacher_weight), *_empty_gradients(student, weight, bias, rest[-2])
+    *_, needs, logits_dtype, _ = rest
+    values = _values(student, teacher, weight, teacher_weight, logits_dtype)
+    return values, *_empty_gradients(student, weight, bias, needs)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -68,7 +73,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients made in the forward, times what came from above; the head's again if that differs among rows."""
-    gradients, needs = ctx.saved_tensors[:3], ctx.others[-2]
+    gradients, needs = ctx.saved_tensors[:3], ctx.others[-3]
     found: list[Tensor | None] = [None, None, None]
     if upstream is not None and is_uniform(upstream):
         factor = upstream.sum() if upstream.numel() <= 1 else upstream[(0,) * upstream.ndim]

@@ -118,6 +118,20 @@ def test_a_teacher_with_a_head_of_its_own():
         assert head.grad is None
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.usefixtures("_chunks")
+def test_sixteen_bit_logits_are_those_of_a_plain_linear_layer(frozen):
+    student, teacher, weight, bias = inputs(torch.bfloat16)
+    want = divergence(linear(student, weight) + bias, linear(teacher, weight) + bias)
+    values, gradients = ours(student, teacher, weight, bias, None, frozen, logits_dtype=torch.bfloat16)
+    torch.testing.assert_close(values, want)
+    logits = (linear(student, weight) + bias).requires_grad_()
+    divergence(logits, linear(teacher, weight) + bias).sum().backward()
+    right = logits.grad.double()
+    expected = [right @ weight.double(), right.t() @ student.double(), right.sum(0)]
+    compare((values, gradients), (want.double(), expected), torch.bfloat16, frozen)
+
+
 def test_equal_hidden_states_are_exactly_zero():
     student, _, weight, bias = inputs()
     values, gradients = ours(student, student, weight, bias, None)
@@ -204,7 +218,7 @@ def test_the_op_is_registered_as_torch_wants_it(frozen):
     torch.library.opcheck(
         torch.ops.cepo_kernels.linear_divergence.default,
         (student, teacher, weight, bias, weight.detach(), bias.detach(), torch.rand(5), "jsd", *numbers, 9, *options,
-         None, [True, not frozen, not frozen], "auto"),
+         None, [True, not frozen, not frozen], None, "auto"),
     )  # fmt: skip
 
 
@@ -238,6 +252,8 @@ def test_memory_is_a_chunk_whatever_the_number_of_rows(monkeypatch):
         ({"teacher_lm_head_bias": torch.zeros(301)}, ValueError, "teacher_lm_head_bias: expected a teacher_lm_head_w"),
         ({"kind": "kl"}, ValueError, "kind: expected one of"),
         ({"mask": torch.ones(4, dtype=torch.bool)}, ValueError, "mask: expected a 0-d tensor or shape"),
+        ({"logits_dtype": torch.float64}, ValueError, "logits_dtype: expected None, bfloat16 or float16, got .*64"),
+        ({"logits_dtype": torch.float16, "teacher_hidden": torch.zeros(5, 24).double()}, ValueError, "logits_dtype"),
         ({"beta": 2.0}, ValueError, r"beta: expected a number in \[0, 1\]"),
         ({"backend": "gpu"}, ValueError, "backend: expected 'auto' or one of"),
     ],
