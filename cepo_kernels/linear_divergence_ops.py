@@ -24,7 +24,7 @@ linear_divergence = torch.ops.cepo_kernels.linear_divergence.default
 
 def _values(student: Tensor, teacher: Tensor, weight: Tensor, teacher_weight: Tensor) -> Tensor:
     """Unfilled, in the dtype that divergences of the logits would have."""
-    logits = [x.new_empty(0, dtype=result_dtype(x, w)) for x, w in ((student, weight), (teacher, teacher_weight))]
+    logits = [x.new_empty(0, dtype=result_dtype(x, w, None)) for x, w in ((student, weight), (teacher, teacher_weight))]
     return student.new_empty(student.shape[:-1], dtype=wider(*logits))
 
 
@@ -36,8 +36,8 @@ def _linear_divergence(
     values = _values(student, teacher, weight, teacher_weight).zero_()
     call = Call(values.shape, weight.shape[0], student.device, values.dtype, (*how, backend))
     students, teachers = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
-    of_student = Products(Head(weight, bias), students)
-    of_teacher = Products(Head(teacher_weight, teacher_bias), teachers)
+    of_student = Products(Head(weight, bias), students, None)
+    of_teacher = Products(Head(teacher_weight, teacher_bias), teachers, None)
     gradients = Gradients(of_student, students, needs)
     flat = values.view(-1)
     scored = torch.ones_like(flat, dtype=torch.bool) if call.weight is None else call.weight != 0
