@@ -103,6 +103,7 @@ def run(cell: Cell, store: Store, keep_weights: bool) -> Record:
     record = store.put(cell, values)
     if cell.kind != BASE and not keep_weights:
         shutil.rmtree(store.out / cell.directory / checkpoint.FOLDER, ignore_errors=True)
+        (store.out / cell.directory / checkpoint.TEACHER).unlink(missing_ok=True)
     return record
 
 
