@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,31 +28,29 @@ from cepo.tasks import Problem, Task
 
 
 class SelfTeacher:
-    """The policy that teaches: the one that learns, or a copy of it that no gradient reaches."""
+    """The model that teaches: the one that learns, or a copy of it that no gradient reaches."""
 
-    def __init__(self, policy: Policy, config: LossConfig) -> None:
+    def __init__(self, model: Any, config: LossConfig) -> None:
         self.kind, self.ema = config.teacher, config.ema
-        self.policy = policy
-        if self.kind != "policy":
-            self.policy = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False))
-        self._saved: Any = None
+        self.model = model if self.kind == "policy" else copy.deepcopy(model).requires_grad_(False)
+        self._saved: list[Any] | None = None
 
     @torch.no_grad()
     def follow(self, model: torch.nn.Module) -> None:
         """After a step of the optimiser on `model`: theta_T := (1 - ema) theta_T + ema theta."""
         if self.ema is not None:
-            torch._foreach_lerp_(list(self.policy.model.parameters()), list(model.parameters()), self.ema)
+            torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), self.ema)
 
     def begin(self, run: Path) -> None:
         """Save a fixed teacher in `run`, once and for all."""
         if self.kind == "fixed":
-            self._saved = checkpoint.save_teacher(run, self.policy.model)
+            self._saved = checkpoint.save_teacher(run, self.model)
 
     def state(self) -> dict[str, Any]:
         """What goes into each checkpoint: the weights of an average, or which file the fixed ones are in."""
         if self.kind == "policy":
             return {}
-        return {f"{self.kind}_teacher": self._saved if self.kind == "fixed" else self.policy.model.state_dict()}
+        return {f"{self.kind}_teacher": self._saved if self.kind == "fixed" else self.model.state_dict()}
 
     def restore(self, run: Path, state: dict[str, Any]) -> None:
         """Take the weights back. Raises InputError where the run had another teacher, or its file is damaged."""
@@ -64,7 +61,7 @@ class SelfTeacher:
             raise InputError(f"loss.teacher: expected that of {run} so far, which has saved none, got {self.kind!r}")
         if self.kind == "fixed":
             self._saved, saved = saved, checkpoint.load_teacher(run, saved)
-        self.policy.model.load_state_dict(saved)
+        self.model.load_state_dict(saved)
 
 
 class Contexts(NamedTuple):

@@ -101,7 +101,7 @@ def load_parts(config: Config, model: str | None = None) -> Parts:
         teachers=(),
         check_problem=_check_solution if "solution" in loss.TEACHER_CONTEXT else None,
         distillation=loss,
-        self_teacher=SelfTeacher(policy, config.loss),
+        self_teacher=SelfTeacher(policy.model, config.loss),
     )
 
 

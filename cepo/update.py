@@ -236,12 +236,13 @@ def distillation_loss(
 
     The teacher reads the responses again in each round, with the weights that it then has.
     """
-    config, policy, teacher = parts.config, parts.policy, parts.self_teacher
+    config, policy = parts.config, parts.policy
     assert batch.contexts is not None
-    assert teacher is not None
+    assert parts.self_teacher is not None
+    teacher = replace(policy, model=parts.self_teacher.model)
     contexts = [ids for b in rows if (ids := batch.contexts[b]) is not None]
     with clock.phase("teacher"):
-        told = told_states(teacher.policy, contexts, batch.responses(rows), config.teacher.share_prefix)
+        told = told_states(teacher, contexts, batch.responses(rows), config.teacher.share_prefix)
     with clock.phase("policy"):
         states = response_states(policy, batch.prompts(rows), batch.responses(rows))
     how = config.loss
@@ -256,7 +257,7 @@ def distillation_loss(
             ratio = None if behaviour is None else (own.logprobs - behaviour.logprobs).exp()
         weights = batch.per_token(batch.weights, rows).to(states.device)
         shares, clipped = axes.lookup("losses", config.loss.name)(
-            states, told, weights, ratio, op=divergence_op(policy, teacher.policy), **options, **kernel_options(parts)
+            states, told, weights, ratio, op=divergence_op(policy, teacher), **options, **kernel_options(parts)
         )
     credit = None
     if behaviour is None:

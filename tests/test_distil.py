@@ -17,6 +17,9 @@ from torch import Tensor
 
 from cepo import checkpoint, distil, metrics, trainer, update
 from cepo.assets.build import HINTS
+from cepo.cli import main
+from cepo.compare import cells
+from cepo.compare.plan import Cell
 from cepo.compare.results import supervision
 from cepo.config import Config, LossConfig, TeacherConfig
 from cepo.distil import SelfTeacher
@@ -58,7 +61,7 @@ def tiny_parts(loss: dict[str, Any], double: bool = True, **sections: Any) -> Pa
     config = small(loss=loss, train={"max_grad_norm": 1e9}, **sections)
     policy = tiny_policy()
     policy.model.double() if double else None
-    parts = replace(load_parts(config), policy=policy, task=TASK, self_teacher=SelfTeacher(policy, config.loss))
+    parts = replace(load_parts(config), policy=policy, task=TASK, self_teacher=SelfTeacher(policy.model, config.loss))
     torch.manual_seed(1)
     with torch.no_grad():
         for value in policy.model.parameters():
@@ -100,7 +103,7 @@ def expected(parts: Parts, batch: update.Batch, ratio: Tensor | None = None) -> 
             continue
         response = batch.rollouts.responses[b]
         rows = []
-        for model, prompt in ((parts.policy.model, batch.prompts([b])[0]), (teacher.policy.model, context)):
+        for model, prompt in ((parts.policy.model, batch.prompts([b])[0]), (teacher.model, context)):
             logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             rows.append(logits / config.rollout.temperature)
         values = formula(rows[0], rows[1].detach(), config.loss)
@@ -136,8 +139,6 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(loss: dict[str, Any]
     parts = tiny_parts(loss, rollout={"temperature": 0.8, "prompts": 2, "group_size": 4})
     teacher, model = parts.self_teacher, parts.policy.model
     assert teacher is not None
-    whole = replace(teacher.policy, split_head=split_head)
-    teacher.policy = whole
     parts = replace(parts, policy=replace(parts.policy, split_head=split_head))
     batch = batch_of(parts)
     assert batch.contexts is not None
@@ -152,7 +153,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(loss: dict[str, Any]
     assert want.item() > 1e-3
     assert_gradients(model, gradients)
     if teacher.kind != "policy":
-        assert all(value.grad is None for value in teacher.policy.model.parameters())
+        assert all(value.grad is None for value in teacher.model.parameters())
     weighted = (tokens["divergence"] * batch.per_token(batch.weights, list(range(8)))).nansum()
     assert weighted.item() == pytest.approx(want.item(), rel=1e-5)
     assert tokens["entropy"].isnan().sum() == 0
@@ -311,19 +312,19 @@ def test_a_fixed_teacher_stays_and_an_average_moves_by_tau_with_each_step_of_the
         parts = load_parts(small(loss={"name": "sdpo", "teacher": kind, "ema": tau}, **sections))
         teacher = parts.self_teacher
         assert teacher is not None
-        start = {name: value.clone() for name, value in teacher.policy.model.state_dict().items()}
+        start = {name: value.clone() for name, value in teacher.model.state_dict().items()}
         assert all(torch.equal(start[name], value) for name, value in weights(parts).items())
         seen = []
         optimizer = trainer.make_optimizer(parts)
         optimizer.register_step_post_hook(lambda *_: seen.append(weights(parts)))  # noqa: B023
         trainer.train_step(parts, optimizer, 1)
         assert len(seen) == 2
-        for name, value in teacher.policy.model.state_dict().items():
+        for name, value in teacher.model.state_dict().items():
             want = start[name]
             for student in seen:
                 want = want + (tau or 0.0) * (student[name] - want)
             torch.testing.assert_close(value, want, rtol=1e-6, atol=1e-7)
-        moved = any(not torch.equal(value, start[name]) for name, value in teacher.policy.model.state_dict().items())
+        moved = any(not torch.equal(value, start[name]) for name, value in teacher.model.state_dict().items())
         assert moved == (kind == "ema")
 
 
@@ -337,7 +338,7 @@ def test_a_batch_in_which_every_rollout_is_dropped_moves_neither() -> None:
     assert record["entropy"] > 0
     assert record["divergence"] is None
     assert all(torch.equal(before[name], value) for name, value in weights(parts).items())
-    assert all(torch.equal(before[name], value) for name, value in teacher.policy.model.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in teacher.model.state_dict().items())
 
 
 def teacher_in(run: Path) -> dict[str, Tensor]:
@@ -429,6 +430,41 @@ def test_a_task_without_solutions_is_refused_before_a_run() -> None:
 def test_a_comparison_is_told_what_a_distillation_reads() -> None:
     assert supervision(small(loss={"name": "opsd"})) == ["worked solution"]
     assert supervision(small(loss={"name": "sdpo"})) == ["verifier", "feedback"]
+
+
+def test_a_finished_cell_of_a_comparison_keeps_no_weights_of_a_teacher(tmp_path: Path) -> None:
+    config = small(loss={"name": "opsd"}, train={"steps": 1}, rollout={"prompts": 2, "group_size": 1})
+    for keep in (True, False):
+        cell = Cell("final", "addition", f"opsd-{keep}", config, None)
+        assert "error" not in cells.run(cell, cells.Store(tmp_path), keep)
+        assert (tmp_path / cell.directory / checkpoint.TEACHER).exists() == keep
+
+
+def test_the_commands_know_runs_of_a_distillation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--rollout.prompts", "2", "--rollout.group_size", "2", "--eval.problems", "4"]
+    assert main(["train", "--loss.name", "opsd", "--train.steps", "1", *sizes]) == 0
+    assert "div " in capsys.readouterr().err
+    run = "runs/addition-opsd-seed0"
+    assert main(["train", "--resume", run, "--train.steps", "2"]) == 0
+    assert main(["eval", "--policy.model", run]) == 0
+    assert main(["diagnose", "--policy.model", run, "--diagnose.problems", "4", "--diagnose.batches", "0"]) == 0
+    assert main(["train", "--resume", run, "--train.steps", "3", "--loss.name", "clipped"]) == 2
+    assert "loss.divergence: expected none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split_head", [True, False])
+def test_bfloat16_computes_by_autocast(split_head: bool) -> None:
+    config = small(loss={"name": "sdpo"}, policy={"compute_dtype": "bfloat16"}, rollout={"prompts": 4, "group_size": 4})
+    parts = load_parts(config)
+    parts = replace(parts, policy=replace(parts.policy, split_head=split_head))
+    exact = load_parts(replace(config, policy=replace(config.policy, compute_dtype="float32")))
+    records = [trainer.train_step(some, trainer.make_optimizer(some), 1) for some in (parts, exact)]
+    assert records[0]["divergence"] == pytest.approx(records[1]["divergence"], rel=0.5)
+    assert records[0]["gradient_norm"] > 0
+    assert {value.dtype for value in weights(parts).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("loss", LOSSES[:4], ids=str)
