@@ -10,6 +10,8 @@ One step, in the names of the four axes:
                 log-probs and token advantages                credit/
     loss        how the policy moves                          losses/
 
+A loss that distils has a teacher, `distil`, in place of the three above it; rewards then say only what comes of it.
+
 What differs from a textbook loop: old log-probs are those of the first pass over a batch, never of generation, so an
 on-policy ratio is exactly 1; rows with A = 0 go without teachers and without a gradient, as do all teachers once lambda
 is 0, which changes no bit; every schedule and random number is a function of the step, so a resumed run continues as if
