@@ -58,7 +58,7 @@ class SelfTeacher:
             return
         saved = state.get(f"{self.kind}_teacher")
         if saved is None:
-            raise InputError(f"loss.teacher: expected that of {run} so far, which has saved none, got {self.kind!r}")
+            raise InputError(f"loss.teacher: expected the one {run} has had, got {self.kind!r}, of which it saved none")
         if self.kind == "fixed":
             self._saved, saved = saved, checkpoint.load_teacher(run, saved)
         self.model.load_state_dict(saved)
