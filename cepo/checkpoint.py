@@ -1,8 +1,10 @@
 """Run directories and checkpoints: complete or absent, never half there.
 
     <run>/config.yaml  metrics.jsonl  curves.png  .lock
+    <run>/teacher.pt                 weights of a fixed teacher, as it never changes
     <run>/checkpoints/step-000020/   a model that `from_pretrained` loads, its tokenizer, and
-                                     state.pt       the optimizer's, and that of `advantage.alpha: auto`
+                                     state.pt       the optimizer's, and that of `advantage.alpha: auto` and of
+                                                    a distillation's teacher
                                      manifest.json  step, and size and SHA-256 of every file
 
 Everything is written under a temporary name, flushed to disk and renamed. Schedules, data order and sampling noise are
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 try:
     import fcntl
@@ -34,6 +37,7 @@ FOLDER = "checkpoints"
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 STATE = "state.pt"
+TEACHER = "teacher.pt"
 LOCK = ".lock"
 
 
@@ -88,6 +92,23 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(path / STATE, weights_only=True)
     optimizer.load_state_dict(state.pop("optimizer"))
     return state
+
+
+def save_teacher(run: Path, model: Any) -> list[Any]:
+    """Write the weights of a run's fixed teacher; returns what `load_teacher` knows them by. Raises InputError."""
+    with replacing(run / TEACHER) as temporary:
+        torch.save(model.state_dict(), temporary)
+    return _digest(run / TEACHER)
+
+
+def load_teacher(run: Path, written: list[Any]) -> dict[str, Tensor]:
+    """The weights of a run's fixed teacher. Raises InputError if they are not as they were written."""
+    path = run / TEACHER
+    if not path.is_file() or _digest(path) != written:
+        got = "another file" if path.is_file() else "none"
+        raise InputError(f"{path}: expected the fixed teacher as it was saved, got {got}")
+    weights: dict[str, Tensor] = torch.load(path, weights_only=True)
+    return weights
 
 
 def step_of(path: Path) -> int:

@@ -193,7 +193,8 @@ def _train(arguments: list[str]) -> int:
             return dump(config)
 
         if run is None:
-            name = f"{config.task.name.split('/')[-1].replace(':', '-')}-{config.credit.name}-seed{config.train.seed}"
+            method = config.loss.name if config.loss.distils else config.credit.name
+            name = f"{config.task.name.split('/')[-1].replace(':', '-')}-{method}-seed{config.train.seed}"
             run = checkpoint.create_run(config.run_dir, name, resolved)
             held.enter_context(checkpoint.lock(run))
         else:

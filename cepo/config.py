@@ -12,6 +12,9 @@ from cepo.errors import InputError
 from cepo.losses import AVERAGES
 
 HINT = "{prompt}\nHint: the answer is {answer}."
+SOLUTION_HINT = "{prompt}\nHint: a solution is {solution}."
+SIBLING_HINT = "{prompt}\nHint: another attempt was {solution}."
+FEEDBACK_HINT = "{prompt}\nHint: {feedback}"
 SPLICE = "{answer}\n"
 
 
@@ -86,7 +89,7 @@ class RolloutConfig:
 
     def check(self) -> None:
         _require(self.prompts >= 1, "rollout.prompts", "at least 1", self.prompts)
-        _require(self.group_size >= 2, "rollout.group_size", "at least 2 to compare", self.group_size)
+        _require(self.group_size >= 1, "rollout.group_size", "at least 1", self.group_size)
         _require(0 < self.temperature < float("inf"), "rollout.temperature", "a number above 0", self.temperature)
         _require(self.max_new_tokens is None or self.max_new_tokens >= 1, "rollout.max_new_tokens", "at least 1",
                  self.max_new_tokens)  # fmt: skip
@@ -101,6 +104,9 @@ class TeacherConfig:
         template: hint (a sentence in the user's turn) or splice (text after the assistant's header).
         hint: the user's turn under `hint`; {prompt} and {answer} are filled in.
         splice: the text under `splice`; {answer} is filled in.
+        solution_hint: the user's turn for a distillation's teacher who knows a worked solution, {solution}.
+        sibling_hint: the same, who knows another attempt that succeeded, {solution}.
+        feedback_hint: the same, who knows what was wrong with this one, {feedback}.
         negative: group (one wrong answer for the group, as published) or own (a wrong rollout's own answer).
         share_prefix: prefill each prefix once and share its cache; false: a full pass for every rollout.
         skip: leave out the teacher passes that cannot matter (A = 0, lambda = 0); false only to check that.
@@ -109,6 +115,9 @@ class TeacherConfig:
     template: str = "hint"
     hint: str = HINT
     splice: str = SPLICE
+    solution_hint: str = SOLUTION_HINT
+    sibling_hint: str = SIBLING_HINT
+    feedback_hint: str = FEEDBACK_HINT
     negative: str = "group"
     share_prefix: bool = True
     skip: bool = True
@@ -116,12 +125,15 @@ class TeacherConfig:
     def check(self) -> None:
         _one_of("teacher.template", self.template, ("hint", "splice"))
         _one_of("teacher.negative", self.negative, ("group", "own"))
-        for name, text, fields in (("hint", self.hint, ("prompt", "answer")), ("splice", self.splice, ("answer",))):
+        for name, fields in (("hint", ("prompt", "answer")), ("splice", ("answer",)),
+                             ("solution_hint", ("prompt", "solution")), ("sibling_hint", ("prompt", "solution")),
+                             ("feedback_hint", ("prompt", "feedback"))):  # fmt: skip
+            text, told = getattr(self, name), f"{{{fields[-1]}}}"
             try:
                 text.format(**dict.fromkeys(fields, ""))
             except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
                 raise InputError(f"teacher.{name}: expected no braces but {fields}, got {text!r}") from error
-            _require("{answer}" in text, f"teacher.{name}", "a text with {answer}", text)
+            _require(told in text, f"teacher.{name}", f"a text with {told}", text)
 
 
 @dataclass
@@ -251,22 +263,44 @@ class RredcotConfig:
         _require(one, "rredcot.cue", "a text with one {answer}", self.cue)
 
 
+_OF_DISTILLATIONS = ("divergence", "beta", "clip", "top_k", "teacher", "ema")
+
+
 @dataclass
 class LossConfig:
     """How does the policy move?
 
     Args:
-        name: clipped or cispo.
+        name: clipped or cispo; or opsd or sdpo, which distil a teacher and have no advantage and no credit.
         clip_low: lower clip of the ratio.
         clip_high: upper clip of the ratio.
         average: token, sequence or constant; null: constant for maxrl and rl2ml, which keep their objective under no
-            other, else token.
+            other, sequence for opsd, else token.
+        divergence: of a distillation: forward_kl, reverse_kl or jsd; null: as published (opsd forward_kl, sdpo
+            reverse_kl).
+        beta: the teacher's share of the mixture in jsd, in [0, 1]; null: 0.5.
+        clip: what an entry's term of the divergence is held to, at least 0; null: nothing.
+        top_k: the student's most likely tokens that are compared, all others as one; null: as published (opsd all,
+            sdpo 100).
+        teacher: whose weights a distillation's teacher has: fixed (of the initial policy), ema (an exponential average)
+            or policy; null: as published (opsd fixed, sdpo ema).
+        ema: how far ema moves towards the policy in each step of the optimiser, in (0, 1]; null: 0.05.
     """
 
     name: str = "clipped"
     clip_low: float = 0.2
     clip_high: float = 0.28
     average: str | None = None
+    divergence: str | None = None
+    beta: float | None = None
+    clip: float | None = None
+    top_k: int | None = None
+    teacher: str | None = None
+    ema: float | None = None
+
+    @property
+    def distils(self) -> bool:
+        return hasattr(axes.module("losses", self.name), "TEACHER_CONTEXT")
 
     def check(self) -> None:
         _one_of("loss.name", self.name, axes.members("losses"))
@@ -274,6 +308,31 @@ class LossConfig:
             _one_of("loss.average", self.average, AVERAGES)
         _require(0 <= self.clip_low <= 1, "loss.clip_low", "a number in [0, 1]", self.clip_low)
         _require(self.clip_high >= 0, "loss.clip_high", "at least 0", self.clip_high)
+        if self.distils:
+            self._check_distillation()
+        for name, taken, why in (
+            *((name, self.distils, f"loss {self.name} has no such option") for name in _OF_DISTILLATIONS),
+            ("beta", self.divergence == "jsd", "loss.divergence is not jsd"),
+            ("ema", self.teacher == "ema", "loss.teacher is not ema"),
+        ):
+            _require(taken or getattr(self, name) is None, f"loss.{name}", f"none, since {why}", getattr(self, name))
+
+    def _check_distillation(self) -> None:
+        module = axes.module("losses", self.name)
+        self.average = self.average or module.AVERAGE
+        self.divergence = self.divergence or module.DIVERGENCE
+        self.teacher = self.teacher or module.TEACHER
+        self.top_k = module.TOP_K if self.top_k is None else self.top_k
+        _one_of("loss.divergence", self.divergence, ("forward_kl", "reverse_kl", "jsd"))
+        _one_of("loss.teacher", self.teacher, ("fixed", "ema", "policy"))
+        if self.divergence == "jsd":
+            self.beta = 0.5 if self.beta is None else self.beta
+            _require(0 <= self.beta <= 1, "loss.beta", "a number in [0, 1]", self.beta)
+        if self.teacher == "ema":
+            self.ema = 0.05 if self.ema is None else self.ema
+            _require(0 < self.ema <= 1, "loss.ema", "a number in (0, 1]", self.ema)
+        _require(self.clip is None or 0 <= self.clip < float("inf"), "loss.clip", "a number, at least 0", self.clip)
+        _require(self.top_k is None or self.top_k >= 1, "loss.top_k", "at least 1", self.top_k)
 
 
 @dataclass
@@ -416,6 +475,14 @@ class Config:
         for part in (self.policy, self.rollout, self.teacher, self.reward, self.advantage, self.credit,
                      self.rredcot, self.loss, self.train, self.eval, self.checkpoint):  # fmt: skip
             part.check()
+        if self.loss.distils:
+            for name in ("reward", "advantage", "credit"):
+                got, default = getattr(self, name).name, type(getattr(self, name))().name
+                _require(got == default, f"{name}.name",
+                         f"the default, as loss {self.loss.name} has a teacher and reads no {name}", got)  # fmt: skip
+        else:
+            _require(self.rollout.group_size >= 2, "rollout.group_size", "at least 2 to compare",
+                     self.rollout.group_size)  # fmt: skip
         _require(self.reward.name == "verifier" or not self.advantage.counts_successes, "advantage.name",
                  f"one that does not count successes, which reward {self.reward.name} knows nothing of",
                  self.advantage.name)  # fmt: skip

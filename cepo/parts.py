@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cepo import axes
+from cepo import axes, distil
 from cepo.config import Config
 from cepo.credit import TokenAdvantages
+from cepo.distil import SelfTeacher
 from cepo.errors import InputError, one_line
 from cepo.policy import Policy, load_policy
 from cepo.rewards.verifier import verifier
@@ -36,7 +37,7 @@ class Parts:
     advantage: Callable[..., Tensor]
     credit: Callable[..., Any]
     teachers: tuple[str, ...]
-    surrogate: str
+    surrogate: str | None
     needs_zero_a_rows: bool = False
     token_advantages: Callable[..., TokenAdvantages] | None = None
     check_problem: Callable[..., None] | None = None
@@ -44,6 +45,9 @@ class Parts:
     """A reward that is logged beside the one in use."""
     adaptive: Any = None
     """What chooses options of the advantage from earlier steps (`cepo.advantages`)."""
+    distillation: Any = None
+    """The module of a loss that distils (`cepo.losses`): there is no advantage and no credit, but a `self_teacher`."""
+    self_teacher: SelfTeacher | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -67,14 +71,14 @@ def load_parts(config: Config, model: str | None = None) -> Parts:
     task = load_task(config)
     policy = load_policy(config.policy if model is None else replace(config.policy, model=model, gguf_file=None))
     _check_backend(config.backend, policy)
-    credit = axes.module("credit", config.credit.name)
+    credit, loss = axes.module("credit", config.credit.name), axes.module("losses", config.loss.name)
     reward, advantage = axes.module("rewards", config.reward.name), axes.module("advantages", config.advantage.name)
     if config.advantage.average not in (None, config.loss.average):
         logger.warning(
             "loss.average: advantage %s keeps its objective under %r alone, not under %r",
             *(config.advantage.name, config.advantage.average, config.loss.average),
         )
-    return Parts(
+    parts = Parts(
         config,
         policy,
         task,
@@ -82,13 +86,27 @@ def load_parts(config: Config, model: str | None = None) -> Parts:
         _advantage(config),
         axes.lookup("credit", config.credit.name),
         credit.TEACHERS,
-        axes.module("losses", config.loss.name).SURROGATE,
+        getattr(loss, "SURROGATE", None),
         needs_zero_a_rows=credit.NEEDS_ZERO_A_ROWS,
         token_advantages=getattr(credit, "token_advantages", None),
         check_problem=getattr(credit, "check_problem", None),
         control=reward.load_control(config) if hasattr(reward, "load_control") else None,
         adaptive=advantage.adaptive(config) if hasattr(advantage, "adaptive") else None,
     )
+    if not config.loss.distils:
+        return parts
+    return replace(
+        parts,
+        advantage=torch.zeros_like,
+        teachers=(),
+        check_problem=_check_solution if "solution" in loss.TEACHER_CONTEXT else None,
+        distillation=loss,
+        self_teacher=SelfTeacher(policy.model, config.loss),
+    )
+
+
+def _check_solution(parts: Parts, problem: Problem, prompt: list[int]) -> None:
+    distil.solution_context(parts.policy, parts.config.teacher, problem, parts.max_new_tokens)
 
 
 def _advantage(config: Config) -> Callable[..., Tensor]:

@@ -29,8 +29,10 @@ from cepo_kernels import (
     TokenLogprobs,
     contrastive_logprobs,
     contrastive_policy_loss,
+    divergence,
     linear_contrastive_logprobs,
     linear_contrastive_policy_loss,
+    linear_divergence,
     linear_token_logprobs,
     token_logprobs,
 )
@@ -209,6 +211,17 @@ def loss_op(policy: Policy) -> Callable[..., PolicyLoss]:
     if not policy.split_head:
         return partial(contrastive_policy_loss, inplace_grad=True)
     return _with_head(policy, linear_contrastive_policy_loss)
+
+
+def divergence_op(policy: Policy, teacher: Policy) -> Callable[..., Tensor]:
+    """`divergence(student, teacher, ...)` of what `response_states` returns for each, whose heads may differ."""
+    if not policy.split_head:
+        return partial(divergence, inplace_grad=True)
+    (weight, bias), (teacher_weight, teacher_bias) = _head(policy), _head(teacher)
+    return lambda own, told, **options: linear_divergence(
+        own, told, weight, lm_head_bias=bias, teacher_lm_head_weight=teacher_weight, teacher_lm_head_bias=teacher_bias,
+        **options,
+    )  # fmt: skip
 
 
 def _with_head(policy: Policy, op: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,6 +62,8 @@ def summary(record: dict[str, Any]) -> str:
         *show("evidence_right", "ev+"),
         *show("evidence_wrong", "ev-"),
         *show("weight_clipped", "clip"),
+        *show("divergence", "div", ".3f"),
+        *show("dropped", "dropped"),
         *show("tokens_per_second", "tok/s", ".0f"),
     ]
     return f"step {record['step']:4d}  {' '.join(parts)} | {phases}"

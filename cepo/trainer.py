@@ -10,6 +10,8 @@ One step, in the names of the four axes:
                 log-probs and token advantages                credit/
     loss        how the policy moves                          losses/
 
+A loss that distils has a teacher, `distil`, in place of the three above it; rewards then say only what comes of it.
+
 What differs from a textbook loop: old log-probs are those of the first pass over a batch, never of generation, so an
 on-policy ratio is exactly 1; rows with A = 0 go without teachers and without a gradient, as do all teachers once lambda
 is 0, which changes no bit; every schedule and random number is a function of the step, so a resumed run continues as if
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cepo import checkpoint, metrics, rollout, teacher
+from cepo import checkpoint, distil, metrics, rollout, teacher
 from cepo.credit import lam_at
 from cepo.errors import InputError
 from cepo.metrics import Clock, mean
@@ -46,6 +48,10 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
         state = checkpoint.load_state(start, optimizer)
         if parts.adaptive and "advantage" in state:
             parts.adaptive.restore(state["advantage"])
+        if parts.self_teacher:
+            parts.self_teacher.restore(run, state)
+    elif parts.self_teacher:
+        parts.self_teacher.begin(run)
     metrics.cut_back(run, None if start is None else done)
 
     def record(kind: str, step: int, values: Record) -> Record:
@@ -54,8 +60,9 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
         return line
 
     def save(step: int) -> int:
-        policy, adaptive = parts.policy, {"advantage": parts.adaptive.state} if parts.adaptive else {}
-        checkpoint.save(run, step, policy.model, policy.tokenizer, optimizer, config.checkpoint.keep, **adaptive)
+        policy, state = parts.policy, {"advantage": parts.adaptive.state} if parts.adaptive else {}
+        state |= parts.self_teacher.state() if parts.self_teacher else {}
+        checkpoint.save(run, step, policy.model, policy.tokenizer, optimizer, config.checkpoint.keep, **state)
         return step
 
     saved = done
@@ -140,15 +147,18 @@ def train_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Rec
         adapted = parts.adaptive.options() if parts.adaptive else {}
         advantages = parts.advantage(rewards_PG, **adapted).flatten()
     with clock.phase("teacher"):
-        lam = lam_at(step, config.credit.lam, config.credit.lam_steps or 0)
-        teachers = None
+        lam = 0.0 if parts.distillation else lam_at(step, config.credit.lam, config.credit.lam_steps or 0)
+        teachers = contexts = None
         if parts.teachers and (lam > 0 or not config.teacher.skip):
             threshold = config.reward.success_threshold
             teachers = teacher.build(parts.policy, config.teacher, parts.task, rollouts, scores, threshold)
+        if parts.distillation:
+            kinds = parts.distillation.TEACHER_CONTEXT
+            contexts = distil.build(parts.policy, config.teacher, kinds, parts.task, rollouts, success)
     lr = config.train.lr * min(1.0, step / (config.train.warmup_steps + 1))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    batch = make_batch(parts, rollouts, advantages, teachers, lam)
+    batch = make_batch(parts, rollouts, advantages, teachers, lam, contexts and contexts.ids)
     batch = credit_ahead(parts, batch, rewards, success, step, clock)
     tokens, updated = update(parts, optimizer, batch, clock)
     if parts.adaptive:  # at the end: a step that fails must leave no trace, since it will be taken again
@@ -160,6 +170,7 @@ def train_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Rec
         "lr": lr,
         **updated,
         **({} if teachers is None else teachers.statistics),
+        **({} if contexts is None else contexts.statistics),
         **({} if batch.ahead is None else batch.ahead.statistics),
         "tokens_per_second": sum(map(len, rollouts.responses)) / clock.total(),
         "seconds": clock.with_other(),
@@ -186,6 +197,7 @@ def describe(
     lengths = torch.tensor([len(ids) for ids in batch.rollouts.responses])
     right = torch.tensor(success).repeat_interleave(lengths)
     nothing = torch.full(right.shape, float("nan"))
+    flat = (batch.advantages.view(-1, batch.rollouts.group_size) == 0).all(1).float()
     evidence, weight = tokens.get("evidence", nothing), tokens.get("weight", nothing)
     at_clip = (weight - 1).abs() >= (parts.config.credit.eps_w or 0.0) * (1 - 1e-6)
     return {
@@ -196,7 +208,8 @@ def describe(
         "tokens": lengths.sum().item(),
         "length": mean(lengths.float()),
         "entropy": mean(tokens["entropy"]),
-        "zero_variance": mean((batch.advantages.view(-1, batch.rollouts.group_size) == 0).all(1).float()),
+        "zero_variance": None if parts.distillation else mean(flat),
+        **({"divergence": mean(tokens.get("divergence", nothing))} if parts.distillation else {}),
         "lam": batch.lam,
         "evidence_right": mean(evidence[right]),
         "evidence_wrong": mean(evidence[~right]),

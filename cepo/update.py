@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cepo import axes
 from cepo.credit import TokenAdvantages
+from cepo.distil import told_states
 from cepo.losses import token_weights
 from cepo.metrics import Clock, mean
 from cepo.parts import Parts
-from cepo.policy import loss_op, response_states, token_op
+from cepo.policy import divergence_op, loss_op, response_states, token_op
 from cepo.rollout import Rollouts
 from cepo.teacher import NO_TEACHERS, Teachers, teacher_states
 from cepo_kernels import ContrastiveLogprobs, PolicyLoss
@@ -32,6 +34,8 @@ class Batch:
     lam: float
     ahead: TokenAdvantages | None = None
     """What a credit with token advantages of its own made before the update, for all N tokens."""
+    contexts: list[list[int] | None] | None = None
+    """(B,) what a distillation's teacher reads before each response; None: nothing, the rollout is dropped."""
 
     def responses(self, rows: list[int]) -> list[list[int]]:
         return [self.rollouts.responses[b] for b in rows]
@@ -51,15 +55,36 @@ class Batch:
         pieces = self.ahead.advantages.split([len(ids) for ids in self.rollouts.responses])
         return torch.cat([pieces[b] for b in rows])
 
+    def active(self) -> Tensor:
+        """(B,) bool: the rollouts with a gradient."""
+        if self.contexts is not None:
+            return torch.tensor([ids is not None for ids in self.contexts]) & (self.weights > 0)
+        everyone = list(range(len(self.rollouts.responses)))
+        owner = self.per_token(torch.arange(len(everyone)), everyone)
+        credited = owner[self.token_advantages(everyone) != 0]
+        return (credited.bincount(minlength=len(everyone)) > 0) & (self.weights > 0)
 
-def make_batch(parts: Parts, rollouts: Rollouts, advantages: Tensor, teachers: Teachers | None, lam: float) -> Batch:
-    """Weigh the tokens as `loss.average` says. Rollouts masked from the loss still count in its denominator."""
+
+def make_batch(
+    parts: Parts,
+    rollouts: Rollouts,
+    advantages: Tensor,
+    teachers: Teachers | None,
+    lam: float,
+    contexts: list[list[int] | None] | None = None,
+) -> Batch:
+    """Weigh the tokens as `loss.average` says.
+
+    Rollouts masked from the loss still count in its denominator; those that a distillation dropped do not.
+    """
     assert parts.config.loss.average is not None
     lengths = torch.tensor([len(ids) for ids in rollouts.responses])
-    weights = token_weights(lengths, parts.config.loss.average, parts.max_new_tokens)
+    kept = torch.tensor([contexts is None or contexts[b] is not None for b in range(lengths.numel())])
+    weights = torch.zeros(lengths.shape)
+    weights[kept] = token_weights(lengths[kept], parts.config.loss.average, parts.max_new_tokens)
     if parts.config.rollout.mask_truncated:
         weights = weights.masked_fill(torch.tensor(rollouts.truncated), 0.0)
-    return Batch(rollouts, advantages, weights, teachers, lam)
+    return Batch(rollouts, advantages, weights, teachers, lam, contexts=contexts)
 
 
 def credit_ahead(
@@ -92,28 +117,28 @@ def update(
     config, model = parts.config, parts.policy.model
     everyone = list(range(len(batch.rollouts.responses)))
     owner = batch.per_token(torch.arange(len(everyone)), everyone)
-    credited = owner[batch.token_advantages(everyone) != 0]
-    active = (credited.bincount(minlength=len(everyone)) > 0) & (batch.weights > 0)
+    active = batch.active()
     tokens: dict[str, Tensor] = {} if batch.ahead is None else dict(batch.ahead.tokens)
     for rows in passes_of(parts, ~active):
         _scatter(tokens, {"entropy": entropy(parts, batch, rows, clock)}, torch.isin(owner, torch.tensor(rows)))
     # Rows with A = 0 need no gradient and no teachers: the result is the same.
     passes = [(rows, True) for rows in passes_of(parts, active)]
-    if not config.teacher.skip:
+    if not config.teacher.skip and parts.distillation is None:
         passes += [(rows, False) for rows in passes_of(parts, ~active)]
-    behaviour: list[ContrastiveLogprobs] = []
+    one_pass: Callable[..., Any] = distillation_loss if parts.distillation else policy_loss
+    behaviour: list[Any] = []
     losses, norms, clipped, skipped = [], [], [torch.zeros(1)], 0
 
     for round_ in range(config.train.updates_per_batch):
         optimizer.zero_grad()
         losses.append(0.0)
         for number, (rows, acts) in enumerate(passes):
-            result = policy_loss(parts, batch, rows, None if round_ == 0 else behaviour[number], clock)
+            result = one_pass(parts, batch, rows, None if round_ == 0 else behaviour[number], clock)
             if round_ == 0:
                 behaviour.append(result.credit)
                 if acts:
-                    names = ("entropy", "evidence", "weight", "logprobs")
-                    values = {name: getattr(result.credit, name) for name in names}
+                    names = ("entropy", "evidence", "weight", "logprobs", "divergence")
+                    values = {name: getattr(result.credit, name, None) for name in names}
                     _scatter(tokens, values, torch.isin(owner, torch.tensor(rows)))
             with clock.phase("update"):
                 result.loss.backward()
@@ -125,6 +150,8 @@ def update(
                 norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm).item())
                 if math.isfinite(norms[-1]):
                     optimizer.step()
+                    if parts.self_teacher:
+                        parts.self_teacher.follow(model)
                 else:
                     skipped += 1
     statistics = {"loss": losses[0], "gradient_norm": norms[0] if norms else 0.0, "skipped_updates": skipped}
@@ -184,6 +211,59 @@ def policy_loss(
             **shared,
         )
     return result
+
+
+class TokenDivergence(NamedTuple):
+    """Of (N,) tokens: the policy's log-probs, its entropy, and its divergence from the teacher."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    divergence: Tensor
+
+
+class DistillationLoss(NamedTuple):
+    """One pass of a distillation, in the names of a `PolicyLoss`."""
+
+    loss: Tensor
+    credit: TokenDivergence | None
+    clipped: Tensor
+
+
+def distillation_loss(
+    parts: Parts, batch: Batch, rows: list[int], behaviour: TokenDivergence | None, clock: Clock
+) -> DistillationLoss:
+    """The loss on the responses of `rows`, which all have a context; `behaviour` is None in the first round.
+
+    The teacher reads the responses again in each round, with the weights that it then has.
+    """
+    config, policy = parts.config, parts.policy
+    assert batch.contexts is not None
+    assert parts.self_teacher is not None
+    teacher = replace(policy, model=parts.self_teacher.model)
+    contexts = [ids for b in rows if (ids := batch.contexts[b]) is not None]
+    with clock.phase("teacher"):
+        told = told_states(teacher, contexts, batch.responses(rows), config.teacher.share_prefix)
+    with clock.phase("policy"):
+        states = response_states(policy, batch.prompts(rows), batch.responses(rows))
+    how = config.loss
+    given = {"kind": how.divergence, "beta": how.beta, "clip": how.clip, "top_k": how.top_k}
+    options = {name: value for name, value in given.items() if value is not None}
+    with clock.phase("divergence"), policy.autocast():
+        ratio = own = None
+        if behaviour is None or parts.distillation.USES_RATIO:
+            with torch.no_grad():
+                labels = labels_of(batch, rows, states.device)
+                own = token_op(policy)(states, labels, return_entropy=behaviour is None, **kernel_options(parts))
+            ratio = None if behaviour is None else (own.logprobs - behaviour.logprobs).exp()
+        weights = batch.per_token(batch.weights, rows).to(states.device)
+        shares, clipped = axes.lookup("losses", config.loss.name)(
+            states, told, weights, ratio, op=divergence_op(policy, teacher), **options, **kernel_options(parts)
+        )
+    credit = None
+    if behaviour is None:
+        assert own is not None
+        credit = TokenDivergence(own.logprobs, own.entropy, shares.detach() / weights)
+    return DistillationLoss(shares.sum(), credit, torch.zeros_like(weights) if clipped is None else clipped)
 
 
 def kernel_options(parts: Parts) -> dict[str, Any]:

@@ -103,6 +103,7 @@ def run(cell: Cell, store: Store, keep_weights: bool) -> Record:
     record = store.put(cell, values)
     if cell.kind != BASE and not keep_weights:
         shutil.rmtree(store.out / cell.directory / checkpoint.FOLDER, ignore_errors=True)
+        (store.out / cell.directory / checkpoint.TEACHER).unlink(missing_ok=True)
     return record
 
 
@@ -149,7 +150,8 @@ def _numbers(records: list[Record], updates_per_batch: int) -> Record:
     """What the records of a whole run come to."""
     steps = [record for record in records if record["kind"] == "train"]
     phases = list(dict.fromkeys(phase for record in steps for phase in record["seconds"]))
-    active = [sum(record["seconds"].values()) for record in steps if record["lam"] > 0]
+    # A distillation's teacher acts in every step.
+    active = [sum(record["seconds"].values()) for record in steps if record["lam"] > 0 or "divergence" in record]
     return {
         "curve": _curve(records),
         "start": _without_times(steps[0]),

@@ -173,8 +173,9 @@ def _checks(plan: Plan, store: Store, task: str, base: Record | None, finals: li
 
 
 def supervision(config: Config) -> list[str]:
-    """What a method was told: the SUPERVISION of its reward, credit and loss."""
-    members = (("rewards", config.reward.name), ("credit", config.credit.name), ("losses", config.loss.name))
+    """What a method was told: the SUPERVISION of its reward, credit and loss; a distillation reads the loss's alone."""
+    members = [("rewards", config.reward.name), ("credit", config.credit.name), ("losses", config.loss.name)]
+    members = members[-1:] if config.loss.distils else members
     told = [source for axis, name in members for source in axes.module(axis, name).SUPERVISION]
     return list(dict.fromkeys(told)) or ["none"]
 

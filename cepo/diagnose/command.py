@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from cepo import checkpoint
-from cepo.config import Config, DiagnoseConfig, PolicyConfig
+from cepo.config import Config, DiagnoseConfig, LossConfig, PolicyConfig
 from cepo.diagnose import diagnose
 from cepo.diagnose.report import text
 from cepo.errors import InputError
@@ -25,6 +25,8 @@ def run(
     """
     if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
         raise InputError(f"--out: expected a file in a directory that exists, got {out!r}")
+    if config.loss.distils:  # which has no credit: another loss is asked what credit would be
+        config = replace(config, loss=LossConfig()).check()
     others, name = {}, "model"
     parts = load_parts(config)
     if trained is not None and base is not None:

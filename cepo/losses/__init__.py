@@ -3,6 +3,14 @@
 Each member is a module with a function of its own name, which defines it, and `SURROGATE`, what the fused kernel behind
 `cepo_kernels.contrastive_policy_loss` calls it; the trainer runs that. All tensors are (N,), one per response token.
 `SUPERVISION` names what the loss is told of a problem beside the advantage.
+
+A distillation has no advantage but a teacher: `f(student_logits, teacher_logits, token_weights, ratio, op=divergence,
+**options) -> Distilled`, the options those of `cepo_kernels.divergence`. Logits are (N, V). Its module has no
+`SURROGATE`; it says
+
+    TEACHER_CONTEXT    what the teacher may be told, among "solution", "sibling", "feedback" (`cepo.distil`), best first
+    TEACHER, DIVERGENCE, TOP_K, AVERAGE    as published: `loss.teacher`, `loss.divergence`, `loss.top_k`, `loss.average`
+    USES_RATIO         whether it reads the ratio of a batch's later updates
 """
 
 from __future__ import annotations
@@ -25,6 +33,13 @@ class Loss(NamedTuple):
     clipped: Tensor
 
 
+class Distilled(NamedTuple):
+    """A distillation's result: (N,) each token's share of the loss, differentiable, and whether its ratio was held."""
+
+    shares: Tensor
+    clipped: Tensor | None
+
+
 def token_weights(lengths: Tensor, average: str, max_length: int) -> Tensor:
     """Weight of each token of every rollout, (B,) float32, so that a weighted sum is the average over the batch.
 
@@ -40,4 +55,4 @@ def token_weights(lengths: Tensor, average: str, max_length: int) -> Tensor:
         return torch.ones_like(lengths, dtype=torch.float32) / lengths.sum().clamp(min=1)
     if average == "sequence":
         return 1 / (lengths.clamp(min=1).float() * rollouts)
-    return torch.full_like(lengths, 1 / (max_length * rollouts), dtype=torch.float32)
+    return torch.full_like(lengths, 1 / (max_length * max(rollouts, 1)), dtype=torch.float32)

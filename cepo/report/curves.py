@@ -26,9 +26,9 @@ def draw(run: Path) -> Path:
     accuracy.set(title="accuracy", ylim=(0, 1))
     _lines(entropy, steps, {"entropy": "entropy (nats per token)", "zero_variance": "groups without variance"})
     entropy.set(title="exploration", ylim=(0, None))
-    _lines(evidence, steps, _EVIDENCE)
+    _lines(evidence, steps, {**_EVIDENCE, "divergence": "divergence from the teacher"})
     _lines(evidence, steps, {"lam": "lambda"}, linestyle="--", color="grey")
-    evidence.set(title="mean evidence per token (nats)")
+    evidence.set(title="teachers, mean per token (nats)")
     phases = list(dict.fromkeys(phase for record in steps for phase in record["seconds"]))
     if steps:
         times = [[record["seconds"].get(phase, 0.0) for record in steps] for phase in phases]

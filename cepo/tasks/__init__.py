@@ -7,7 +7,10 @@ which lists them, so that all are checked before a run starts. One that knows wh
     result_spans(completion)            character spans of the results it states, in their order: [(start, end), ...]
     first_error(completion, problem)    offset of the first wrong character, None if there is none
 
-which let `cepo diagnose` ask whether credit finds that place.
+which let `cepo diagnose` ask whether credit finds that place. A distillation's teacher is told the worked solution,
+"solution" in a problem's `data`, or
+
+    feedback(completion, problem)       what is wrong with a completion, in a sentence, None if there is nothing to say
 
     addition                    three-digit column addition, the built-in task
     reasoning_gym:<dataset>     any reasoning-gym dataset (extra `[tasks]`)

@@ -105,6 +105,17 @@ class Addition:
         digits = answer.strip().replace(",", "")
         return digits.isascii() and digits.isdecimal() and digits.lstrip("0") == problem.answer
 
+    def feedback(self, completion: str, problem: Problem) -> str | None:
+        """What a failed test says: the first column with a wrong total; None if there is none before other mistakes."""
+        work = completion.partition(ANSWER_CUE)[0].split(SEPARATOR)
+        for place, (text, column) in enumerate(zip(work, columns(problem.data["a"], problem.data["b"]), strict=False)):
+            match = re.fullmatch(f"{column.x}{column.y}:([0-9]{{1,2}})", text)
+            if match is None:
+                return None
+            if int(match[1]) != column.total:
+                return f"column {place + 1} is {column.total}, not {int(match[1])}."
+        return None
+
     def first_error(self, completion: str, problem: Problem) -> int | None:
         """Where the completion first leaves the right solution: a character offset, or None if it never does."""
         solution = problem.data["solution"]
