@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from ..rows import (
 
 _ELEMENTS = 1 << 22  # per chunk; several float64 temporaries of this size are alive at once
 
+notes = ""
+
 
 def unavailable(device_type: str) -> str | None:
     return None
@@ -31,33 +33,44 @@ def forward(inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
     if inputs.labels.device.type == "cpu":
         check_label_range(inputs.labels, inputs.policy.shape[-1], inputs.options.ignore_index)
     outputs = ForwardOutputs(*(buffer.zero_().view(-1) for buffer in outputs))
-    for rows in _scored(inputs.policy, inputs.labels, inputs.options.ignore_index):
+    for rows in chunks_of(inputs.labels != inputs.options.ignore_index, inputs.policy.shape[-1]):
         labels, options = inputs.labels[rows], inputs.options
         policy = _terms(inputs.policy, rows, labels, options)
-        outputs.logprobs[rows] = policy.logprobs.to(outputs.logprobs.dtype)
         if outputs.entropy.numel():
             outputs.entropy[rows] = policy.entropy.to(outputs.entropy.dtype)
-        negative = policy.logprobs
+        positive = negative = None
         if inputs.negative is not None:
             used = torch.ones_like(labels, dtype=torch.bool)
             if inputs.negative_mask is not None:
                 used = inputs.negative_mask[rows]
             negative = policy.logprobs.clone()
             negative[used] = _terms(inputs.negative, rows[used], labels[used], options).logprobs
-            outputs.negative_logprobs[rows] = negative.to(outputs.negative_logprobs.dtype)
-        advantages = None if inputs.advantages is None else inputs.advantages[rows].double()
         if inputs.positive is not None:
             positive = _terms(inputs.positive, rows, labels, options).logprobs
-            outputs.positive_logprobs[rows] = positive.to(outputs.positive_logprobs.dtype)
-            credit = reference.credit(
-                positive, negative, advantages, inputs.lam.to(positive), inputs.eps_w.to(positive)
-            )
-            outputs.evidence[rows] = credit.evidence.to(outputs.evidence.dtype)
-            if credit.weight is not None and credit.advantages is not None:
-                outputs.weight[rows] = credit.weight.to(outputs.weight.dtype)
-                outputs.advantages[rows] = credit.advantages.to(outputs.advantages.dtype)
-        elif advantages is not None:
-            outputs.advantages[rows] = advantages.to(outputs.advantages.dtype)
+        put(inputs, outputs, rows, policy.logprobs, positive, negative)
+
+
+def put(
+    inputs: ForwardInputs, outputs: ForwardOutputs, rows: Tensor, logprobs: Tensor, positive: Tensor | None,
+    negative: Tensor | None,
+) -> None:  # fmt: skip
+    """Write the log-probs of some rows, float64, and the credit that follows from them; outputs are flat."""
+    outputs.logprobs[rows] = logprobs.to(outputs.logprobs.dtype)
+    if negative is not None:
+        outputs.negative_logprobs[rows] = negative.to(outputs.negative_logprobs.dtype)
+    advantages = None if inputs.advantages is None else inputs.advantages[rows].double()
+    if positive is not None:
+        outputs.positive_logprobs[rows] = positive.to(outputs.positive_logprobs.dtype)
+        under_negative = logprobs if negative is None else negative
+        credit = reference.credit(
+            positive, under_negative, advantages, inputs.lam.to(positive), inputs.eps_w.to(positive)
+        )
+        outputs.evidence[rows] = credit.evidence.to(outputs.evidence.dtype)
+        if credit.weight is not None and credit.advantages is not None:
+            outputs.weight[rows] = credit.weight.to(outputs.weight.dtype)
+            outputs.advantages[rows] = credit.advantages.to(outputs.advantages.dtype)
+    elif advantages is not None:
+        outputs.advantages[rows] = advantages.to(outputs.advantages.dtype)
 
 
 def backward(inputs: BackwardInputs) -> None:
@@ -67,12 +80,12 @@ def backward(inputs: BackwardInputs) -> None:
         if upstream is not None:
             idle &= upstream == 0
     inner = inputs.policy.shape[1]
-    for rows in _chunks((skipped | idle).nonzero().squeeze(1), inputs.policy.shape[-1]):
+    for rows in chunks_of(skipped | idle, inputs.policy.shape[-1]):
         inputs.gradient[rows // inner, rows % inner] = 0
-    for rows in _chunks((~(skipped | idle)).nonzero().squeeze(1), inputs.policy.shape[-1]):
+    for rows in chunks_of(~(skipped | idle), inputs.policy.shape[-1]):
         labels = inputs.labels[rows]
         raw = inputs.policy[rows // inner, rows % inner]
-        x, slope = _transform(raw, rows, inputs.options)
+        x, slope = transformed(raw, rows, inputs.options)
         gradient = reference.logits_gradient(
             reference.row_terms(x, labels),
             slope,
@@ -83,7 +96,12 @@ def backward(inputs: BackwardInputs) -> None:
         inputs.gradient[rows // inner, rows % inner] = gradient.to(inputs.gradient.dtype)
 
 
-def policy_loss(inputs: LossInputs, outputs: LossOutputs) -> None:
+def policy_loss(
+    inputs: LossInputs,
+    outputs: LossOutputs,
+    forward: Callable[[ForwardInputs, ForwardOutputs], None] = forward,
+    backward: Callable[[BackwardInputs], None] = backward,
+) -> None:
     """Forward, the loss of its log-probs, and backward: the definition of what other backends fuse."""
     given, made = inputs.forward, outputs.forward
     assert given.advantages is not None
@@ -150,10 +168,10 @@ def divergence(inputs: DivergenceInputs, outputs: DivergenceOutputs) -> None:
 
 def _terms(logits: Tensor, rows: Tensor, labels: Tensor, options: RowOptions) -> reference.Rows:
     inner = logits.shape[1]
-    return reference.row_terms(_transform(logits[rows // inner, rows % inner], rows, options)[0], labels)
+    return reference.row_terms(transformed(logits[rows // inner, rows % inner], rows, options)[0], labels)
 
 
-def _transform(raw: Tensor, rows: Tensor, options: RowOptions) -> tuple[Tensor, Tensor]:
+def transformed(raw: Tensor, rows: Tensor, options: RowOptions) -> tuple[Tensor, Tensor]:
     temperature = options.temperature.to(raw.device)
     cap = options.logit_softcap
     return reference.transform(
@@ -164,9 +182,7 @@ def _transform(raw: Tensor, rows: Tensor, options: RowOptions) -> tuple[Tensor, 
     )
 
 
-def _scored(logits: Tensor, labels: Tensor, ignore_index: int) -> Iterator[Tensor]:
-    return _chunks((labels != ignore_index).nonzero().squeeze(1), logits.shape[-1])
-
-
-def _chunks(rows: Tensor, vocabulary: int) -> Iterator[Tensor]:
+def chunks_of(mask: Tensor, vocabulary: int) -> Iterator[Tensor]:
+    """The rows of a mask, so many at a time as float64 copies of their logits may take."""
+    rows = mask.nonzero().squeeze(1)
     return iter(rows.split(max(1, _ELEMENTS // vocabulary))) if rows.numel() else iter(())
