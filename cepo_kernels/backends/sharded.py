@@ -119,7 +119,7 @@ class Sharded:
             entropy = _merged_entropy(shares[: labels.numel()], sums[: labels.numel(), :, 2], odds, where)
             outputs.entropy[rows] = entropy[rows].to(outputs.entropy.dtype)
         if outputs.stats.numel():
-            stats = self._stats(top, log_total, odds, entropy, unit, outputs.stats.dtype)
+            stats = self._stats(top, log_total, odds, entropy, steps, outputs.stats.dtype)
             outputs.stats[rows] = stats[rows].to(outputs.stats.dtype)
 
     def backward(self, inputs: BackwardInputs) -> None:
@@ -128,7 +128,9 @@ class Sharded:
         if columns == 0:
             return
         g, h = (None if x is None else x.to(inputs.logprobs.dtype) for x in (inputs.grad_logprobs, inputs.grad_entropy))
-        inputs = inputs._replace(grad_logprobs=g, grad_entropy=h)
+        inputs = inputs._replace(
+            grad_logprobs=g, grad_entropy=h, logprobs=inputs.logprobs.view(-1), entropy=inputs.entropy.view(-1)
+        )
         live = labels != inputs.options.ignore_index
         moved = live & sum((x != 0 for x in (g, h) if x is not None), torch.zeros_like(live))
         held = (labels >= self.shard.start) & (labels < self.shard.start + columns)
@@ -219,19 +221,21 @@ class Sharded:
         return sums, torch.stack([each[:, -1] for each in everyone]).sum(0)  # all but the label's owner have 0
 
     def _stats(
-        self, top: Tensor, log_total: Tensor, odds: Tensor, entropy: Tensor, unit: Tensor, dtype: torch.dtype
+        self, top: Tensor, log_total: Tensor, odds: Tensor, entropy: Tensor, steps: _Steps, dtype: torch.dtype
     ) -> Tensor:
         """What the inner backend's backward wants to know of a row, or `_slow_gradient`."""
+        unit, complement, known = steps.unit, odds.sigmoid(), log_total > -torch.inf
         level = (top * unit + log_total) / LN2
-        complement, known = odds.sigmoid(), log_total > -torch.inf
-        high = top.to(dtype).double()
-        slow = [high, torch.full_like(top, SLOW), top - high, log_total]
+        logit = top / steps.factor  # exact, and within float32 where the logits are
+        high = logit.to(dtype).double()
+        slow = [high, torch.full_like(top, SLOW), logit - high, log_total]
         if self.notes == "logits":
             origin = torch.where(known, top + log_total / unit, 0.0).float().double()
             log_sum = torch.where(known, (top - origin) * unit + log_total, 0.0)
             fast = [origin, log_sum.exp(), complement, F.logsigmoid(odds) - log_sum + entropy]
         else:
-            origin = torch.where(known, level.round(), 0.0)
+            # Two below, as the kernels' own reference may be: what vanishes is that much smaller.
+            origin = torch.where(known, level.round() - 2.0, 0.0)
             fast = [origin, torch.where(known, torch.exp2(level - origin), 0.0), complement, torch.zeros_like(top)]
         use_slow = (level.abs() > LARGEST) & known if self.notes else torch.ones_like(known)
         return torch.where(use_slow.unsqueeze(1), torch.stack(slow, 1), torch.stack(fast, 1))
@@ -245,7 +249,8 @@ class Sharded:
         high, _, low, log_total = inputs.stats[rows].double().unbind(1)
         logprobs = inputs.logprobs[rows].double()
         complement = -logprobs.expm1()
-        shifted = (steps.of(raw, rows) - (high + low).unsqueeze(1)) * steps.unit[rows].unsqueeze(1)
+        top = (high + low) * steps.factor[rows]
+        shifted = (steps.of(raw, rows) - top.unsqueeze(1)) * steps.unit[rows].unsqueeze(1)
         log_others = torch.where(
             (complement == 0).unsqueeze(1), -torch.inf, shifted + (complement.log() - log_total).unsqueeze(1)
         )
