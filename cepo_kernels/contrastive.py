@@ -23,6 +23,7 @@ class ContrastiveLogprobs(NamedTuple):
     entropy: Tensor | None  # of the policy, in nats, differentiable
 
 
+@parallel.outside_graphs
 def contrastive_logprobs(
     policy_logits: Tensor,
     positive_logits: Tensor | None,
@@ -149,10 +150,9 @@ def run_rows(
         if in_place:
             checks.check_in_place(policy, {names[1]: positive, names[2]: negative})
         meeting.bring([policy, positive, negative], policy.shape[-1], **arguments)
-    policy, positive, negative = (None if x is None else meeting.true(x) for x in (policy, positive, negative))
-    teachers = (None if x is None else x.detach() for x in (positive, negative))
-    run = _InPlace.apply if in_place else ops.forward
-    return ForwardOutputs(*run(policy, *teachers, *arguments.values(), meeting.backend))
+    teachers = (None if x is None else meeting.true(x).detach() for x in (positive, negative))
+    run: Any = _InPlace.apply if in_place else ops.forward
+    return ForwardOutputs(*run(meeting.true(policy), *teachers, *arguments.values(), meeting.backend))
 
 
 def row_arguments(

@@ -15,6 +15,7 @@ from .rows import ForwardOutputs
 from .token import TokenLogprobs
 
 
+@parallel.outside_graphs
 def linear_token_logprobs(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -64,6 +65,7 @@ def linear_token_logprobs(
     return TokenLogprobs(outputs.logprobs, outputs.entropy if return_entropy else None)
 
 
+@parallel.outside_graphs
 def linear_contrastive_logprobs(
     policy_hidden: Tensor,
     positive_hidden: Tensor | None,
@@ -99,6 +101,7 @@ def linear_contrastive_logprobs(
     return credit_of(outputs, positive_hidden, negative_hidden, advantages, return_entropy)
 
 
+@parallel.outside_graphs
 def linear_contrastive_policy_loss(
     policy_hidden: Tensor,
     positive_hidden: Tensor | None,
@@ -139,7 +142,8 @@ def linear_contrastive_policy_loss(
     Args and errors as for `contrastive_policy_loss` and `linear_token_logprobs`.
     """
     contexts = (policy_hidden, positive_hidden, negative_hidden)
-    weight, bias, *where = parallel.local_head(lm_head_weight, lm_head_bias, tp_group, vocab_size, vocab_start)
+    where = (tp_group, vocab_size, vocab_start)
+    weight, bias, where = parallel.local_head(lm_head_weight, lm_head_bias, where)
     with parallel.Meeting(*where, backend) as meeting:
         contexts, weight, bias = _checked(contexts, weight, bias, labels, logits_dtype, meeting.sharded)
         arguments = loss_arguments(
@@ -149,7 +153,7 @@ def linear_contrastive_policy_loss(
         )  # fmt: skip
         meeting.bring([*contexts, weight, bias], weight.shape[0], logits_dtype=logits_dtype, **arguments)
     policy, positive, negative = contexts
-    weight, bias = meeting.true(weight, 0), None if bias is None else meeting.true(bias)
+    weight, bias = meeting.true(weight, 0), meeting.true(bias)
     needs = [_needs(x) for x in (policy, weight, bias)]
     output = linear_ops.linear_policy_loss(
         policy, detached(positive), detached(negative), weight, bias, *arguments.values(), needs, logits_dtype,
@@ -166,10 +170,10 @@ def _forward(
     contexts: tuple[Tensor, Tensor | None, Tensor | None], weight: Tensor, bias: Tensor | None, labels: Tensor,
     advantages: Tensor | None, negative_mask: Tensor | None, lam: float | Tensor, eps_w: float | Tensor,
     temperature: float | Tensor, logit_scale: float | Tensor, logit_softcap: float | Tensor | None, ignore_index: int,
-    return_entropy: bool, logits_dtype: torch.dtype | None, backend: str, where: tuple[Any, int | None, int | None],
+    return_entropy: bool, logits_dtype: torch.dtype | None, backend: str, where: parallel.Where,
     names: tuple[str, str, str] = _NAMES,
 ) -> ForwardOutputs:  # fmt: skip
-    weight, bias, *where = parallel.local_head(weight, bias, *where)
+    weight, bias, where = parallel.local_head(weight, bias, where)
     with parallel.Meeting(*where, backend) as meeting:
         contexts, weight, bias = _checked(contexts, weight, bias, labels, logits_dtype, meeting.sharded, names)
         arguments = row_arguments(
@@ -178,7 +182,7 @@ def _forward(
         )  # fmt: skip
         meeting.bring([*contexts, weight, bias], weight.shape[0], logits_dtype=logits_dtype, **arguments)
     policy, positive, negative = contexts
-    weight, bias = meeting.true(weight, 0), None if bias is None else meeting.true(bias)
+    weight, bias = meeting.true(weight, 0), meeting.true(bias)
     keep = linear_ops.NOTHING
     if _needs(weight) or _needs(bias):
         dtype = result_dtype(policy, weight, logits_dtype)

@@ -6,9 +6,11 @@ which the host waits; if one of them was called wrongly, or if they disagree, al
 
 from __future__ import annotations
 
+import functools
 import zlib
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +25,21 @@ _FIXED = ("failed", "names", "columns", "vocab_start", "lowest", "highest", "voc
 _MAY_DIFFER = _FIXED[2:6]
 _VALUES = ("labels", "ignore_index", "lam", "eps_w", "temperature", "logit_scale", "logit_softcap")
 _LOSS_VALUES = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "denominator")
+Where = tuple[Any, int | None, int | None]  # tp_group, vocab_size, vocab_start
+Op = TypeVar("Op", bound=Callable[..., Any])
 _names: dict[tuple[Shard, int], str] = {}
+
+
+def outside_graphs(op: Op) -> Op:
+    """Take a call over a group out of the graphs of `torch.compile`: what the ranks exchange is not for it to see."""
+
+    @functools.wraps(op)
+    def call(*args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling() and not (options.get("tp_group") is None and all(map(_is_plain, args))):
+            return torch.compiler.disable(op)(*args, **options)
+        return op(*args, **options)
+
+    return cast(Op, call)
 
 
 class Meeting:
@@ -63,9 +79,9 @@ class Meeting:
         self.facts = {"labels": facts["labels"], "dtypes": dtypes, "requires_grad": gradients,
                       "backend": self.inner.notes, **facts}  # fmt: skip
 
-    def true(self, tensor: Tensor, dimension: int = -1) -> Tensor:
-        """Without the columns that are padding."""
-        if self.group is None or tensor.shape[dimension] == self.columns:
+    def true(self, tensor: Any, dimension: int = -1) -> Any:
+        """A tensor, if there is one, without the columns that are padding."""
+        if tensor is None or self.group is None or tensor.shape[dimension] == self.columns:
             return tensor
         return tensor.narrow(dimension, 0, self.columns)
 
@@ -117,7 +133,7 @@ class Meeting:
         key = (shard, id(self.inner))
         if key not in _names:
             _names[key] = f"shard:{len(_names)}"
-            backends.register(_names[key], Sharded(self.inner, shard))
+            backends.register(_names[key], cast(backends.Backend, Sharded(self.inner, shard)))
         self.backend = _names[key]
 
 
@@ -183,12 +199,10 @@ def _number(value: Any) -> int | Tensor:
     return (flat * factors).sum() + kind
 
 
-def local_head(
-    weight: Tensor, bias: Tensor | None, group: Any, vocab_size: int | None, vocab_start: int | None
-) -> tuple[Tensor, Tensor | None, Any, int | None, int | None]:
-    """A head's own tensors on this rank; of a DTensor that is `Shard(0)` also the group, size and start it implies."""
+def local_head(weight: Tensor, bias: Tensor | None, where: Where) -> tuple[Tensor, Tensor | None, Where]:
+    """A head's own tensors on this rank, and group, size and start, which a DTensor that is ``Shard(0)`` implies."""
     if _is_plain(weight) and _is_plain(bias):
-        return weight, bias, group, vocab_size, vocab_start
+        return weight, bias, where
     from torch.distributed.tensor import DTensor
 
     if not isinstance(weight, DTensor):
@@ -202,12 +216,12 @@ def local_head(
     if isinstance(bias, DTensor) and bias.placements != weight.placements:
         raise ValueError(f"lm_head_bias: expected the head's {weight.placements}, got {bias.placements}")
     if over:
-        if group is not None or vocab_size is not None or vocab_start is not None:
+        if any(value is not None for value in where):
             raise ValueError("tp_group: expected None (vocab_size and vocab_start too) for a head that is a DTensor")
         mesh, vocab_size = weight.device_mesh, weight.shape[0]
-        group = mesh.get_group(over[0])
-        vocab_start = min(vocab_size, mesh.get_local_rank(over[0]) * -(-vocab_size // mesh.size(over[0])))
-    return weight.to_local(), bias.to_local() if isinstance(bias, DTensor) else bias, group, vocab_size, vocab_start
+        start = min(vocab_size, mesh.get_local_rank(over[0]) * -(-vocab_size // mesh.size(over[0])))
+        where = mesh.get_group(over[0]), vocab_size, start
+    return weight.to_local(), bias.to_local() if isinstance(bias, DTensor) else bias, where
 
 
 def local(name: str, tensor: Tensor | None) -> Tensor | None:

@@ -23,6 +23,7 @@ class PolicyLoss(NamedTuple):
     clipped: Tensor  # bool: the ratio was beyond a bound, and the bound took its place
 
 
+@parallel.outside_graphs
 def contrastive_policy_loss(
     policy_logits: Tensor,
     positive_logits: Tensor | None,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from . import parallel
 from .contrastive import run_rows
 
 
@@ -16,6 +17,7 @@ class TokenLogprobs(NamedTuple):
     entropy: Tensor | None
 
 
+@parallel.outside_graphs
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
