@@ -207,7 +207,7 @@ def _checked(
 ) -> Any:  # fmt: skip
     """Contexts, weight and bias, checked, in autocast's dtype where it is on."""
     checks.check_labels(labels)
-    checks.check_head(weight, bias, labels, sharded)
+    checks.check_head(weight, bias, labels, sharded=sharded)
     contexts = tuple(map(parallel.local, names, contexts))  # type: ignore[assignment]
     for name, hidden in zip(names, contexts, strict=True):
         if hidden is not None or name in ("hidden_states", "policy_hidden"):

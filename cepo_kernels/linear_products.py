@@ -7,13 +7,14 @@ the product; or in 16 bits, rounded as a linear layer rounds them, where a calle
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from .backends import Backend
-from .backends.sharded import Sharded
+if TYPE_CHECKING:
+    from .backends import Backend
+    from .backends.sharded import Sharded
 
 LOGITS_BYTES = 256 << 20  # of a chunk's logits, all contexts together
 TILE_BYTES = 64 << 20  # of the head's rows that are upcast at a time, where they must be
@@ -49,9 +50,11 @@ class Products:
     their result, upcast. With a 16-bit ``logits_dtype`` all operands and results have that. On a `Shard` of the
     vocabulary the widest decides on chunks, and gradients of hidden states are summed over the ranks."""
 
-    def __init__(self, head: Head, hidden: Tensor, logits_dtype: torch.dtype | None, backend: Backend | None = None) -> None:
+    def __init__(
+        self, head: Head, hidden: Tensor, logits_dtype: torch.dtype | None, backend: Backend | None = None
+    ) -> None:
         self.head = head
-        self.sharded = backend if isinstance(backend, Sharded) else None
+        self.sharded = cast("Sharded | None", backend if hasattr(backend, "shard") else None)
         self.result = result_dtype(hidden, head.weight, logits_dtype)
         self.sums = torch.promote_types(self.result, torch.float32)  # of what is added up chunk by chunk
         native = hidden.is_cuda and hidden.dtype == head.weight.dtype and hidden.dtype.itemsize == 2

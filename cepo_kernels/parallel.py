@@ -1,7 +1,8 @@
 """Vocabulary-parallel calls: what the ranks of a group tell each other before any of them counts on the others.
 
 Each rank brings some columns of the logits, or rows of the head. The ranks exchange one small tensor of facts, for
-which the host waits; if one of them was called wrongly, or if they disagree, all of them raise, and none hangs.
+which the host waits; if one of them was called wrongly, or if they disagree, all of them raise, and none hangs. (Unless
+what one calls its ``tp_group`` is no group: then it has nobody to tell.)
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import functools
 import zlib
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import backends, checks
-from .backends import sharded
-from .backends.sharded import Piece, Shard, Sharded
+
+if TYPE_CHECKING:  # else imported by the first call that has a group
+    from .backends.sharded import Piece, Shard
 
 _FACTS = 48  # int64 in a status; the last ones are spare
 _FIXED = ("failed", "names", "columns", "vocab_start", "lowest", "highest", "vocab_size", "number of rows")
@@ -35,7 +37,8 @@ def outside_graphs(op: Op) -> Op:
 
     @functools.wraps(op)
     def call(*args: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling() and not (options.get("tp_group") is None and all(map(_is_plain, args))):
+        plain = options.get("tp_group") is None and all(map(_is_plain, (*args, *options.values())))
+        if torch.compiler.is_compiling() and not plain:
             return torch.compiler.disable(op)(*args, **options)
         return op(*args, **options)
 
@@ -120,6 +123,8 @@ class Meeting:
             if name not in _MAY_DIFFER and len(set(values)) > 1:
                 other = next(rank for rank, value in enumerate(values) if value != values[0])
                 raise ValueError(_difference(name, values[0], values[other], other))
+        from .backends.sharded import Shard, Sharded
+
         pieces, vocabulary = _layout(told)
         lowest, highest = told[0]["lowest"], told[0]["highest"]
         if lowest < 0 or highest >= vocabulary:
@@ -153,6 +158,8 @@ def _difference(name: str, first: int, second: int, rank: int) -> str:
 
 def _layout(told: list[dict[str, int]]) -> tuple[tuple[Piece, ...], int]:
     """The pieces of all ranks in the vocabulary's order, and its size."""
+    from .backends import sharded
+
     columns, starts = [fact["columns"] for fact in told], [fact["vocab_start"] for fact in told]
     if min(starts) < 0:
         if max(starts) >= 0:
@@ -172,7 +179,7 @@ def _layout(told: list[dict[str, int]]) -> tuple[tuple[Piece, ...], int]:
             break
         while start < stop:
             end = min(stop, (start // sharded.TILE + 1) * sharded.TILE)
-            pieces.append(Piece(rank, start, end))
+            pieces.append(sharded.Piece(rank, start, end))
             start = end
         reached, last = stop, rank
     if reached < vocabulary or not pieces:
@@ -206,7 +213,9 @@ def local_head(weight: Tensor, bias: Tensor | None, where: Where) -> tuple[Tenso
     from torch.distributed.tensor import DTensor
 
     if not isinstance(weight, DTensor):
-        raise TypeError(f"lm_head_bias: expected no DTensor, as lm_head_weight is {type(weight).__name__}")
+        if isinstance(bias, DTensor):
+            raise TypeError(f"lm_head_bias: expected no DTensor, as lm_head_weight is {type(weight).__name__}")
+        return weight, bias, where
     over = [dimension for dimension, placement in enumerate(weight.placements) if not placement.is_replicate()]
     if len(over) > 1 or not all(weight.placements[dimension].is_shard(0) for dimension in over):
         raise ValueError(

@@ -33,7 +33,7 @@ def forward(inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
     if inputs.labels.device.type == "cpu":
         check_label_range(inputs.labels, inputs.policy.shape[-1], inputs.options.ignore_index)
     outputs = ForwardOutputs(*(buffer.zero_().view(-1) for buffer in outputs))
-    for rows in chunks_of(inputs.labels != inputs.options.ignore_index, inputs.policy.shape[-1]):
+    for rows in _scored(inputs.policy, inputs.labels, inputs.options.ignore_index):
         labels, options = inputs.labels[rows], inputs.options
         policy = _terms(inputs.policy, rows, labels, options)
         if outputs.entropy.numel():
@@ -80,9 +80,9 @@ def backward(inputs: BackwardInputs) -> None:
         if upstream is not None:
             idle &= upstream == 0
     inner = inputs.policy.shape[1]
-    for rows in chunks_of(skipped | idle, inputs.policy.shape[-1]):
+    for rows in chunks((skipped | idle).nonzero().squeeze(1), inputs.policy.shape[-1]):
         inputs.gradient[rows // inner, rows % inner] = 0
-    for rows in chunks_of(~(skipped | idle), inputs.policy.shape[-1]):
+    for rows in chunks((~(skipped | idle)).nonzero().squeeze(1), inputs.policy.shape[-1]):
         labels = inputs.labels[rows]
         raw = inputs.policy[rows // inner, rows % inner]
         x, slope = transformed(raw, rows, inputs.options)
@@ -146,15 +146,15 @@ def divergence(inputs: DivergenceInputs, outputs: DivergenceOutputs) -> None:
     if inputs.weight is not None:
         idle = (inputs.weight == 0).nonzero().squeeze(1)
         if outputs.gradient is not None:
-            for skipped in _chunks(idle, vocabulary):
+            for skipped in chunks(idle, vocabulary):
                 outputs.gradient[skipped // inner, skipped % inner] = 0
         rows = inputs.weight.nonzero().squeeze(1)
     how = (inputs.kind, inputs.beta, inputs.clip)
-    for some in _chunks(rows, vocabulary):
+    for some in chunks(rows, vocabulary):
         index = (some // inner, some % inner)
         raw = inputs.student[index]
-        student, slope = _transform(raw, some, inputs.options)
-        teacher, _ = _transform(inputs.teacher[index], some, inputs.options)
+        student, slope = transformed(raw, some, inputs.options)
+        teacher, _ = transformed(inputs.teacher[index], some, inputs.options)
         if inputs.top_k is None:
             found = divergence_reference.divergence(student, teacher, *how)
         else:
@@ -182,7 +182,10 @@ def transformed(raw: Tensor, rows: Tensor, options: RowOptions) -> tuple[Tensor,
     )
 
 
-def chunks_of(mask: Tensor, vocabulary: int) -> Iterator[Tensor]:
-    """The rows of a mask, so many at a time as float64 copies of their logits may take."""
-    rows = mask.nonzero().squeeze(1)
+def _scored(logits: Tensor, labels: Tensor, ignore_index: int) -> Iterator[Tensor]:
+    return chunks((labels != ignore_index).nonzero().squeeze(1), logits.shape[-1])
+
+
+def chunks(rows: Tensor, vocabulary: int) -> Iterator[Tensor]:
+    """So many rows at a time as float64 copies of their logits may take."""
     return iter(rows.split(max(1, _ELEMENTS // vocabulary))) if rows.numel() else iter(())

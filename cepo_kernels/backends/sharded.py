@@ -136,7 +136,10 @@ class Sharded:
         held = (labels >= self.shard.start) & (labels < self.shard.start + columns)
         local = torch.where(held, labels - self.shard.start, -1)
         slow = moved & (inputs.stats[:, 1] == SLOW)
-        late = [(rows, self._slow_gradient(inputs, rows, local[rows])) for rows in reference.chunks_of(slow, columns)]
+        late = [
+            (rows, self._slow_gradient(inputs, rows, local[rows]))
+            for rows in reference.chunks(slow.nonzero().squeeze(1), columns)
+        ]
         if self.notes:
             fast = live & ~slow
             options = inputs.options._replace(ignore_index=-1)
@@ -202,7 +205,7 @@ class Sharded:
             origin = torch.where(total == 0, -torch.inf, origin)
             entropy = made.entropy.double() if with_entropy else entropy
             slow &= made.logprobs.isnan() | (made.stats[:, 1] == SLOW)
-        for rows in reference.chunks_of(slow, vocabulary):
+        for rows in reference.chunks(slow.nonzero().squeeze(1), vocabulary):
             x, at = steps.of(logits[rows // inner, rows % inner], rows), labels[rows]
             terms = definition.row_terms(x * steps.unit[rows].unsqueeze(1), at)
             origin[rows] = x.scatter(1, at.unsqueeze(1), -torch.inf).amax(1)
