@@ -235,7 +235,8 @@ class Sharded:
         if self.notes == "logits":
             origin = torch.where(known, top + log_total / unit, 0.0).float().double()
             log_sum = torch.where(known, (top - origin) * unit + log_total, 0.0)
-            fast = [origin, log_sum.exp(), complement, F.logsigmoid(odds) - log_sum + entropy]
+            log_density = torch.where(complement == 0, 0.0, F.logsigmoid(odds) - log_sum)
+            fast = [origin, log_sum.exp(), complement, log_density + entropy]
         else:
             # Two below, as the kernels' own reference may be: what vanishes is that much smaller.
             origin = torch.where(known, level.round() - 2.0, 0.0)
