@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def check_logits(name: str, logits: Tensor, labels: Tensor) -> None:
-    """``logits`` must be (*labels.shape, V) of a floating dtype with a contiguous last dimension."""
-    _check_layout(name, logits)
+def check_logits(name: str, logits: Tensor, labels: Tensor, sharded: bool = False) -> None:
+    """``logits`` must be (*labels.shape, V) of a floating dtype with a contiguous last dimension.
+
+    ``sharded``: V is one rank's part of the vocabulary, which may be empty.
+    """
+    _check_layout(name, logits, sharded)
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"{name}: expected leading shape {tuple(labels.shape)} as labels have, got {tuple(logits.shape)}"
@@ -29,22 +34,25 @@ def check_pair(student: Tensor, teacher: Tensor) -> None:
     _same_device("teacher_logits", teacher, student, "student_logits")
 
 
-def _check_layout(name: str, logits: Tensor) -> None:
+def _check_layout(name: str, logits: Tensor, sharded: bool = False) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(logits).__name__}")
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {logits.dtype}")
-    if logits.ndim == 0 or logits.shape[-1] == 0:
+    if logits.ndim == 0 or (logits.shape[-1] == 0 and not sharded):
         raise ValueError(f"{name}: expected shape (..., V) with V >= 1, got {tuple(logits.shape)}")
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(f"{name}: expected a contiguous last dimension, got strides {logits.stride()}")
+    leading = list(zip(logits.shape[:-1], logits.stride()[:-1], strict=True))
+    if sharded and len(leading) > 2 and any(s != n * t for (_, s), (n, t) in itertools.pairwise(leading)):
+        raise ValueError(f"{name}: expected leading dimensions that view as one, got strides {logits.stride()}")
 
 
-def check_teacher(name: str, teacher: Tensor | None, policy: Tensor, labels: Tensor) -> None:
+def check_teacher(name: str, teacher: Tensor | None, policy: Tensor, labels: Tensor, sharded: bool = False) -> None:
     """A teacher's logits must have the policy's vocabulary; its dtype may differ."""
     if teacher is None:
         return
-    check_logits(name, teacher, labels)
+    check_logits(name, teacher, labels, sharded)
     if teacher.shape[-1] != policy.shape[-1]:
         raise ValueError(f"{name}: expected V = {policy.shape[-1]} as policy_logits have, got {teacher.shape[-1]}")
 
@@ -122,8 +130,13 @@ def check_hidden(name: str, hidden: Tensor, labels: Tensor, weight: Tensor, rows
     _same_device(name, hidden, labels, rows)
 
 
-def check_head(weight: Tensor, bias: Tensor | None, labels: Tensor, prefix: str = "", rows: str = "labels") -> None:
-    """A head is (V, H), floating, on the device of the labels, whose name is ``rows``; its bias (V,)."""
+def check_head(
+    weight: Tensor, bias: Tensor | None, labels: Tensor, prefix: str = "", rows: str = "labels", sharded: bool = False
+) -> None:
+    """A head is (V, H), floating, on the device of the labels, whose name is ``rows``; its bias (V,).
+
+    ``sharded`` as for `check_logits`.
+    """
     for name, tensor, dimensions in ((f"{prefix}lm_head_weight", weight, 2), (f"{prefix}lm_head_bias", bias, 1)):
         if tensor is None and dimensions == 1:
             continue
@@ -131,7 +144,7 @@ def check_head(weight: Tensor, bias: Tensor | None, labels: Tensor, prefix: str 
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in LOGITS_DTYPES:
             raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {tensor.dtype}")
-        if tensor.ndim != dimensions or tensor.numel() == 0:
+        if tensor.ndim != dimensions or (tensor.numel() == 0 and not sharded):
             hint = "; under ZeRO-3 call a LogprobHead, which gathers it" if tensor.numel() == 0 else ""
             shape = "(V, H)" if dimensions == 2 else "(V,)"
             raise ValueError(f"{name}: expected shape {shape}, not empty, got {tuple(tensor.shape)}{hint}")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks, ops, parallel
 from .rows import ForwardOutputs
 
 
@@ -23,6 +23,7 @@ class ContrastiveLogprobs(NamedTuple):
     entropy: Tensor | None  # of the policy, in nats, differentiable
 
 
+@parallel.outside_graphs
 def contrastive_logprobs(
     policy_logits: Tensor,
     positive_logits: Tensor | None,
@@ -40,6 +41,9 @@ def contrastive_logprobs(
     return_entropy: bool = False,
     inplace_grad: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
 ) -> ContrastiveLogprobs:
     """Log-probs of the labels under policy and teachers, and the token credit of CEPO (arXiv 2605.19436).
 
@@ -66,6 +70,13 @@ def contrastive_logprobs(
         inplace_grad: write the gradient over ``policy_logits``. Leaves, expanded tensors and logits that share
             memory with a teacher are refused. Under `torch.compile`, which plans memory itself, it has no effect.
         backend: "auto" (the fastest that can run), "triton", "cpu" or "reference".
+        tp_group: a torch ProcessGroup over which the vocabulary is sharded, or None: each rank then passes its columns
+            of the logits, and everything else, upstream gradients too, the same as the others. The host waits for one
+            exchange of checks; the call is a graph break under `torch.compile`.
+        vocab_size: columns of the whole vocabulary; those at or beyond it are padding, never read, their gradient 0.
+            None: all that the ranks pass.
+        vocab_start: this rank's first column. None, on every rank: the shards follow each other in the ranks' order.
+            Where all shards start at multiples of 8192, a row's bits do not depend on how many there are.
 
     Returns:
         `ContrastiveLogprobs`, float32 (float64 if any logits are).
@@ -75,16 +86,12 @@ def contrastive_logprobs(
             On a GPU a label outside [0, V) gives NaN in its row instead.
         RuntimeError: a named backend cannot run here.
     """
-    checks.check_labels(labels)
-    checks.check_logits("policy_logits", policy_logits, labels)
-    checks.check_teacher("positive_logits", positive_logits, policy_logits, labels)
-    checks.check_teacher("negative_logits", negative_logits, policy_logits, labels)
-    checks.check_row_values("advantages", advantages, labels)
-    checks.check_row_values("negative_mask", negative_mask, labels, boolean=True)
     outputs = run_rows(
+        ("policy_logits", "positive_logits", "negative_logits"),
         policy_logits, positive_logits, negative_logits, labels, advantages, negative_mask,
         lam=lam, eps_w=eps_w, temperature=temperature, logit_scale=logit_scale, logit_softcap=logit_softcap,
         ignore_index=ignore_index, return_entropy=return_entropy, inplace_grad=inplace_grad, backend=backend,
+        tp_group=tp_group, vocab_size=vocab_size, vocab_start=vocab_start,
     )  # fmt: skip
     return credit_of(outputs, positive_logits, negative_logits, advantages, return_entropy)
 
@@ -107,9 +114,10 @@ def credit_of(
 
 
 def run_rows(
-    policy_logits: Tensor,
-    positive_logits: Tensor | None,
-    negative_logits: Tensor | None,
+    names: tuple[str, str, str],
+    policy: Tensor,
+    positive: Tensor | None,
+    negative: Tensor | None,
     labels: Tensor,
     advantages: Tensor | None,
     negative_mask: Tensor | None,
@@ -123,27 +131,45 @@ def run_rows(
     return_entropy: bool,
     inplace_grad: bool,
     backend: str,
+    tp_group: Any,
+    vocab_size: int | None,
+    vocab_start: int | None,
 ) -> ForwardOutputs:
-    """The op behind `contrastive_logprobs` and `token_logprobs`, its number arguments turned into 0-d tensors."""
-    arguments = (
-        policy_logits,
-        None if positive_logits is None else positive_logits.detach(),
-        None if negative_logits is None else negative_logits.detach(),
-        labels,
-        None if advantages is None else advantages.detach(),
-        negative_mask,
-        checks.scalar("lam", lam),
-        checks.scalar("eps_w", eps_w),
-        *checks.row_options(labels, temperature, logit_scale, logit_softcap),
-        ignore_index,
-        return_entropy,
-        backend,
-    )
-    needs_gradient = torch.is_grad_enabled() and policy_logits.requires_grad
-    if inplace_grad and needs_gradient and not torch.compiler.is_compiling():
-        checks.check_in_place(policy_logits, {"positive_logits": positive_logits, "negative_logits": negative_logits})
-        return ForwardOutputs(*_InPlace.apply(*arguments))  # type: ignore[no-untyped-call]
-    return ForwardOutputs(*ops.forward(*arguments))
+    """The op behind `contrastive_logprobs` and `token_logprobs`, its arguments checked, its numbers 0-d tensors."""
+    with parallel.Meeting(tp_group, vocab_size, vocab_start, backend) as meeting:
+        checks.check_labels(labels)
+        checks.check_logits(names[0], policy, labels, meeting.sharded)
+        checks.check_teacher(names[1], positive, policy, labels, meeting.sharded)
+        checks.check_teacher(names[2], negative, policy, labels, meeting.sharded)
+        arguments = row_arguments(
+            labels, advantages, negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index,
+            return_entropy,
+        )  # fmt: skip
+        needs_gradient = torch.is_grad_enabled() and policy.requires_grad
+        in_place = inplace_grad and needs_gradient and not torch.compiler.is_compiling()
+        if in_place:
+            checks.check_in_place(policy, {names[1]: positive, names[2]: negative})
+        meeting.bring([policy, positive, negative], policy.shape[-1], **arguments)
+    teachers = (None if x is None else meeting.true(x).detach() for x in (positive, negative))
+    run: Any = _InPlace.apply if in_place else ops.forward
+    return ForwardOutputs(*run(meeting.true(policy), *teachers, *arguments.values(), meeting.backend))
+
+
+def row_arguments(
+    labels: Tensor, advantages: Tensor | None, negative_mask: Tensor | None, lam: float | Tensor, eps_w: float | Tensor,
+    temperature: float | Tensor, logit_scale: float | Tensor, logit_softcap: float | Tensor | None, ignore_index: int,
+    return_entropy: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The forward ops' arguments from ``labels`` to ``return_entropy``, checked, detached, numbers as 0-d tensors."""
+    checks.check_row_values("advantages", advantages, labels)
+    checks.check_row_values("negative_mask", negative_mask, labels, boolean=True)
+    temperature, logit_scale, logit_softcap = checks.row_options(labels, temperature, logit_scale, logit_softcap)
+    return {
+        "labels": labels, "advantages": None if advantages is None else advantages.detach(),
+        "negative_mask": negative_mask, "lam": checks.scalar("lam", lam), "eps_w": checks.scalar("eps_w", eps_w),
+        "temperature": temperature, "logit_scale": logit_scale, "logit_softcap": logit_softcap,
+        "ignore_index": ignore_index, "return_entropy": return_entropy,
+    }  # fmt: skip
 
 
 class _InPlace(torch.autograd.Function):

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, linear_ops
-from .contrastive import ContrastiveLogprobs, credit_of
+from . import checks, linear_ops, parallel
+from .contrastive import ContrastiveLogprobs, credit_of, row_arguments
 from .linear_products import chunk_rows, result_dtype
 from .policy_loss import PolicyLoss, detached, loss_arguments, policy_loss_of
 from .rows import ForwardOutputs
 from .token import TokenLogprobs
 
 
+@parallel.outside_graphs
 def linear_token_logprobs(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -28,6 +29,9 @@ def linear_token_logprobs(
     return_entropy: bool = False,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    tp_group: Any = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
 ) -> TokenLogprobs:
     """`token_logprobs` of ``hidden_states @ lm_head_weight.T + lm_head_bias``, whose logits are never all there.
 
@@ -43,6 +47,9 @@ def linear_token_logprobs(
         logits_dtype: None, or bfloat16 or float16, in which the matrix products and their results are then computed, as
             by a plain linear layer. On CPUs with 16-bit products this is faster; it moves every logit by up to 2^-9
             (2^-12) of itself, and the log-prob of a logit of 20 by up to .08 (.01).
+        tp_group, vocab_size, vocab_start: as for `token_logprobs`; each rank passes its rows of the head and its part
+            of the bias, the same hidden states as the others, whose gradient is summed over the ranks, and takes part
+            in the backward. A head that is a DTensor, ``Shard(0)``, says them itself.
 
     Returns:
         `TokenLogprobs`, float32 (float64 if an input is), differentiable in hidden states, head and bias.
@@ -53,11 +60,12 @@ def linear_token_logprobs(
     outputs = _forward(
         (hidden_states, None, None), lm_head_weight, lm_head_bias, labels, None, None, 0.0, 0.0,
         temperature, logit_scale, logit_softcap, ignore_index, return_entropy, logits_dtype, backend,
-        ("hidden_states", "", ""),
+        (tp_group, vocab_size, vocab_start), ("hidden_states", "", ""),
     )  # fmt: skip
     return TokenLogprobs(outputs.logprobs, outputs.entropy if return_entropy else None)
 
 
+@parallel.outside_graphs
 def linear_contrastive_logprobs(
     policy_hidden: Tensor,
     positive_hidden: Tensor | None,
@@ -77,6 +85,9 @@ def linear_contrastive_logprobs(
     return_entropy: bool = False,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    tp_group: Any = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
 ) -> ContrastiveLogprobs:
     """`contrastive_logprobs` of three contexts' hidden states (..., H) under one head, in one matrix product a chunk.
 
@@ -85,11 +96,12 @@ def linear_contrastive_logprobs(
     outputs = _forward(
         (policy_hidden, positive_hidden, negative_hidden), lm_head_weight, lm_head_bias, labels, advantages,
         negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index, return_entropy,
-        logits_dtype, backend,
+        logits_dtype, backend, (tp_group, vocab_size, vocab_start),
     )  # fmt: skip
     return credit_of(outputs, positive_hidden, negative_hidden, advantages, return_entropy)
 
 
+@parallel.outside_graphs
 def linear_contrastive_policy_loss(
     policy_hidden: Tensor,
     positive_hidden: Tensor | None,
@@ -118,6 +130,9 @@ def linear_contrastive_policy_loss(
     return_entropy: bool = False,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    tp_group: Any = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
 ) -> PolicyLoss:
     """`contrastive_policy_loss` from hidden states: loss, and gradients of hidden states, head and bias, in one go.
 
@@ -127,18 +142,23 @@ def linear_contrastive_policy_loss(
     Args and errors as for `contrastive_policy_loss` and `linear_token_logprobs`.
     """
     contexts = (policy_hidden, positive_hidden, negative_hidden)
-    contexts, weight, bias = _checked(contexts, lm_head_weight, lm_head_bias, labels)
-    arguments = loss_arguments(
-        labels, advantages, old_logprobs, surrogate, clip_low, clip_high, token_weight, ref_logprobs, kl_coef,
-        entropy_coef, denominator, negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index,
-        return_entropy,
-    )  # fmt: skip
+    where = (tp_group, vocab_size, vocab_start)
+    weight, bias, where = parallel.local_head(lm_head_weight, lm_head_bias, where)
+    with parallel.Meeting(*where, backend) as meeting:
+        contexts, weight, bias = _checked(contexts, weight, bias, labels, logits_dtype, meeting.sharded)
+        arguments = loss_arguments(
+            labels, advantages, old_logprobs, surrogate, clip_low, clip_high, token_weight, ref_logprobs, kl_coef,
+            entropy_coef, denominator, negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index,
+            return_entropy,
+        )  # fmt: skip
+        meeting.bring([*contexts, weight, bias], weight.shape[0], logits_dtype=logits_dtype, **arguments)
     policy, positive, negative = contexts
-    checks.check_logits_dtype(logits_dtype, policy, weight)
+    weight, bias = meeting.true(weight, 0), meeting.true(bias)
     needs = [_needs(x) for x in (policy, weight, bias)]
     output = linear_ops.linear_policy_loss(
-        policy, detached(positive), detached(negative), weight, bias, labels, *arguments, needs, logits_dtype, backend
-    )
+        policy, detached(positive), detached(negative), weight, bias, *arguments.values(), needs, logits_dtype,
+        meeting.backend,
+    )  # fmt: skip
     loss, ratio, clipped, _, _, _, *credit = output
     return policy_loss_of(loss, ratio, clipped, credit, positive, negative, advantages, return_entropy)
 
@@ -150,13 +170,19 @@ def _forward(
     contexts: tuple[Tensor, Tensor | None, Tensor | None], weight: Tensor, bias: Tensor | None, labels: Tensor,
     advantages: Tensor | None, negative_mask: Tensor | None, lam: float | Tensor, eps_w: float | Tensor,
     temperature: float | Tensor, logit_scale: float | Tensor, logit_softcap: float | Tensor | None, ignore_index: int,
-    return_entropy: bool, logits_dtype: torch.dtype | None, backend: str, names: tuple[str, str, str] = _NAMES,
+    return_entropy: bool, logits_dtype: torch.dtype | None, backend: str, where: parallel.Where,
+    names: tuple[str, str, str] = _NAMES,
 ) -> ForwardOutputs:  # fmt: skip
-    contexts, weight, bias = _checked(contexts, weight, bias, labels, names)
-    checks.check_row_values("advantages", advantages, labels)
-    checks.check_row_values("negative_mask", negative_mask, labels, boolean=True)
+    weight, bias, where = parallel.local_head(weight, bias, where)
+    with parallel.Meeting(*where, backend) as meeting:
+        contexts, weight, bias = _checked(contexts, weight, bias, labels, logits_dtype, meeting.sharded, names)
+        arguments = row_arguments(
+            labels, advantages, negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index,
+            return_entropy,
+        )  # fmt: skip
+        meeting.bring([*contexts, weight, bias], weight.shape[0], logits_dtype=logits_dtype, **arguments)
     policy, positive, negative = contexts
-    checks.check_logits_dtype(logits_dtype, policy, weight)
+    weight, bias = meeting.true(weight, 0), meeting.true(bias)
     keep = linear_ops.NOTHING
     if _needs(weight) or _needs(bias):
         dtype = result_dtype(policy, weight, logits_dtype)
@@ -165,10 +191,8 @@ def _forward(
     elif _needs(policy):
         keep = linear_ops.SLOPES
     output = linear_ops.linear_forward(
-        policy, detached(positive), detached(negative), weight, bias, labels, detached(advantages), negative_mask,
-        checks.scalar("lam", lam), checks.scalar("eps_w", eps_w),
-        *checks.row_options(labels, temperature, logit_scale, logit_softcap), ignore_index, return_entropy, keep,
-        logits_dtype, backend,
+        policy, detached(positive), detached(negative), weight, bias, *arguments.values(), keep, logits_dtype,
+        meeting.backend,
     )  # fmt: skip
     return ForwardOutputs(*output[:8])
 
@@ -179,11 +203,12 @@ def _needs(tensor: Tensor | None) -> bool:
 
 def _checked(
     contexts: tuple[Tensor, Tensor | None, Tensor | None], weight: Tensor, bias: Tensor | None, labels: Tensor,
-    names: tuple[str, str, str] = _NAMES,
+    logits_dtype: torch.dtype | None, sharded: bool, names: tuple[str, str, str] = _NAMES,
 ) -> Any:  # fmt: skip
     """Contexts, weight and bias, checked, in autocast's dtype where it is on."""
     checks.check_labels(labels)
-    checks.check_head(weight, bias, labels)
+    checks.check_head(weight, bias, labels, sharded=sharded)
+    contexts = tuple(map(parallel.local, names, contexts))  # type: ignore[assignment]
     for name, hidden in zip(names, contexts, strict=True):
         if hidden is not None or name in ("hidden_states", "policy_hidden"):
             checks.check_hidden(name, hidden, labels, weight)  # type: ignore[arg-type]
@@ -192,6 +217,7 @@ def _checked(
         dtype = torch.get_autocast_dtype(kind)
         contexts = tuple(_cast(x, dtype) for x in contexts)  # type: ignore[assignment]
         weight, bias = _cast(weight, dtype), _cast(bias, dtype)  # type: ignore[assignment]
+    checks.check_logits_dtype(logits_dtype, contexts[0], weight)
     return contexts, weight, bias
 
 

@@ -42,14 +42,14 @@ class Call:
         self.contexts = [None if x is None else x.reshape(-1, x.shape[-1]) for x in contexts]
         policy = self.contexts[0]
         assert policy is not None
-        self.policy, self.products = policy, Products(head, policy, logits_dtype)
+        self.backend = backends.choose(backend, policy.device.type, dtype)
+        self.policy, self.products = policy, Products(head, policy, logits_dtype, self.backend)
         self.labels = row_values(labels, shape, torch.int64)
         self.advantages, self.mask = row_values(advantages, shape, dtype), row_values(negative_mask, shape, torch.bool)
         self.lam, self.eps_w = lam, eps_w
         self.options = options._replace(temperature=ops.row_temperature(options.temperature, labels))
         self.outputs = ForwardOutputs._make([*(x.view(-1) for x in outputs[:-1]), outputs.stats])
-        self.backend = backends.choose(backend, policy.device.type, dtype)
-        if policy.device.type == "cpu":
+        if policy.device.type == "cpu" and not self.products.sharded:
             checks.check_label_range(self.labels, head.weight.shape[0], options.ignore_index)
 
     def chunks(self, chosen: Tensor) -> Iterator[tuple[Tensor, ForwardInputs]]:
@@ -118,6 +118,9 @@ def _forward(
         elif keep == LOGITS:
             kept[0][call.labels == ignore_index] = 0.0
             kept[0][rows] = inputs.policy[0]
+    if keep == SLOPES and call.products.sharded:
+        for slopes in kept:
+            call.products.sharded.reduce(slopes)
     return (*outputs, *kept)
 
 
@@ -172,12 +175,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The logits, kept or made again, of the rows whose upstream gradient is not zero, and what follows from theirs."""
     hidden = policy.reshape(-1, policy.shape[-1])
-    products = Products(Head(weight, bias), hidden, logits_dtype)
+    chosen = backends.choose(backend, policy.device.type, logprobs.dtype)
+    products = Products(Head(weight, bias), hidden, logits_dtype, chosen)
     gradients = Gradients(products, hidden, needs)
     flat = row_values(labels, labels.shape, torch.int64)
     g, h = (row_values(x, labels.shape, logprobs.dtype) for x in (grad_logprobs, grad_entropy))
     options = RowOptions(ops.row_temperature(temperature, labels), logit_scale, logit_softcap, ignore_index)
-    chosen = backends.choose(backend, policy.device.type, logprobs.dtype)
     moved = torch.zeros_like(flat, dtype=torch.bool)
     for values in (g, h):
         if values is not None:

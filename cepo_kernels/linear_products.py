@@ -7,10 +7,14 @@ the product; or in 16 bits, rounded as a linear layer rounds them, where a calle
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .backends import Backend
+    from .backends.sharded import Sharded
 
 LOGITS_BYTES = 256 << 20  # of a chunk's logits, all contexts together
 TILE_BYTES = 64 << 20  # of the head's rows that are upcast at a time, where they must be
@@ -25,7 +29,7 @@ class Head(NamedTuple):
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Columns of the vocabulary and their weights in ``dtype``: all at once where nothing has to be converted."""
         vocabulary, width = self.weight.shape
-        size = vocabulary if self.weight.dtype == dtype else max(1, TILE_BYTES // (width * dtype.itemsize))
+        size = max(1, vocabulary) if self.weight.dtype == dtype else max(1, TILE_BYTES // (width * dtype.itemsize))
         for first in range(0, vocabulary, size):
             tile = slice(first, min(first + size, vocabulary))
             yield tile, self.weight[tile].to(dtype)
@@ -38,22 +42,27 @@ def result_dtype(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | Non
 
 def chunk_rows(contexts: int, vocabulary: int, dtype: torch.dtype) -> int:
     """Rows of a chunk whose ``contexts`` together fit into LOGITS_BYTES."""
-    return max(16, LOGITS_BYTES // (contexts * vocabulary * dtype.itemsize))
+    return max(16, LOGITS_BYTES // (contexts * max(1, vocabulary) * dtype.itemsize))
 
 
 class Products:
     """Matrix products with a head: 16-bit operands on a GPU, summed in float32; on a CPU, whose 16-bit products round
-    their result, upcast. With a 16-bit ``logits_dtype`` all operands and results have that."""
+    their result, upcast. With a 16-bit ``logits_dtype`` all operands and results have that. On a `Shard` of the
+    vocabulary the widest decides on chunks, and gradients of hidden states are summed over the ranks."""
 
-    def __init__(self, head: Head, hidden: Tensor, logits_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, head: Head, hidden: Tensor, logits_dtype: torch.dtype | None, backend: Backend | None = None
+    ) -> None:
         self.head = head
+        self.sharded = cast("Sharded | None", backend if hasattr(backend, "shard") else None)
         self.result = result_dtype(hidden, head.weight, logits_dtype)
         self.sums = torch.promote_types(self.result, torch.float32)  # of what is added up chunk by chunk
         native = hidden.is_cuda and hidden.dtype == head.weight.dtype and hidden.dtype.itemsize == 2
         self.operand = hidden.dtype if native and self.result == torch.float32 else self.result
 
     def rows(self, contexts: int) -> int:
-        return chunk_rows(contexts, self.head.weight.shape[0], self.result)
+        widest = self.sharded.shard.widest if self.sharded else self.head.weight.shape[0]
+        return chunk_rows(contexts, widest, self.result)
 
     def _add(self, into: Tensor, a: Tensor, b: Tensor) -> None:
         if a.dtype == into.dtype:
@@ -91,13 +100,14 @@ class Gradients:
     """The gradients that a call needs, summed in float32 over chunks of rows."""
 
     def __init__(self, products: Products, hidden: Tensor, needs: list[bool]) -> None:
-        self.products, self.dtype = products, hidden.dtype
+        self.products, self.dtype = products, products.sums if products.sharded else hidden.dtype
+        self.given = hidden.dtype
         weight = products.head.weight
 
         def zeros(shape: torch.Size, wanted: bool, dtype: torch.dtype = products.sums) -> Tensor:
             return torch.zeros(shape if wanted else (0,), dtype=dtype, device=hidden.device)
 
-        self.hidden = zeros(hidden.shape, needs[0], hidden.dtype)
+        self.hidden = zeros(hidden.shape, needs[0], self.dtype)
         self.weight = zeros(weight.shape, needs[1])
         self.bias = zeros(weight.shape[:1], needs[2])
         self.needs = needs
@@ -113,5 +123,7 @@ class Gradients:
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         head = self.products.head
+        if self.products.sharded and self.needs[0]:
+            self.products.sharded.reduce(self.hidden)
         bias = self.bias if head.bias is None else self.bias.to(head.bias.dtype)
-        return self.hidden, self.weight.to(head.weight.dtype), bias
+        return self.hidden.to(self.given), self.weight.to(head.weight.dtype), bias

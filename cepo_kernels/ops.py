@@ -63,7 +63,7 @@ def forward_buffers(
         advantages=rows(advantages is not None),
         entropy=rows(return_entropy),
         # Zeros: a backend leaves an ignored row's as they are.
-        stats=torch.zeros((labels.numel(), STATS), dtype=torch.float32, device=policy.device),
+        stats=torch.zeros((labels.numel(), STATS), dtype=dtype, device=policy.device),
     )
 
 

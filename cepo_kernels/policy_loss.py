@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, loss_ops
+from . import checks, loss_ops, parallel
 from .contrastive import ContrastiveLogprobs, credit_of
 from .rows import ForwardOutputs
 
@@ -23,6 +23,7 @@ class PolicyLoss(NamedTuple):
     clipped: Tensor  # bool: the ratio was beyond a bound, and the bound took its place
 
 
+@parallel.outside_graphs
 def contrastive_policy_loss(
     policy_logits: Tensor,
     positive_logits: Tensor | None,
@@ -49,6 +50,9 @@ def contrastive_policy_loss(
     return_entropy: bool = False,
     inplace_grad: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
 ) -> PolicyLoss:
     """The clipped policy loss with the advantages of `contrastive_logprobs`; its gradient leaves in the same pass.
 
@@ -64,7 +68,8 @@ def contrastive_policy_loss(
 
     Args:
         policy_logits, positive_logits, negative_logits, labels, negative_mask, lam, eps_w, temperature, logit_scale,
-            logit_softcap, ignore_index, return_entropy, backend: as for `contrastive_logprobs`.
+            logit_softcap, ignore_index, return_entropy, backend, tp_group, vocab_size, vocab_start: as for
+            `contrastive_logprobs`.
         advantages: group advantage A, floating; 0-d, or labels.ndim dimensions each 1 or equal. A row with A = 0 is
             idle, that is not read and 0 in every output, unless a KL or entropy term acts on it.
         old_logprobs: (...) log-probs of the policy that sampled; None: this one, so that the ratio is exactly 1.
@@ -83,26 +88,29 @@ def contrastive_policy_loss(
         TypeError, ValueError: an argument is malformed; the message says which, what was expected and what came.
         RuntimeError: a named backend cannot run here, or a second backward.
     """
-    checks.check_labels(labels)
-    checks.check_logits("policy_logits", policy_logits, labels)
-    checks.check_teacher("positive_logits", positive_logits, policy_logits, labels)
-    checks.check_teacher("negative_logits", negative_logits, policy_logits, labels)
-    arguments = loss_arguments(
-        labels, advantages, old_logprobs, surrogate, clip_low, clip_high, token_weight, ref_logprobs, kl_coef,
-        entropy_coef, denominator, negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index,
-        return_entropy,
-    )  # fmt: skip
-    arguments = (detached(positive_logits), detached(negative_logits), labels, *arguments)
-    needs_gradient = torch.is_grad_enabled() and policy_logits.requires_grad
-    if torch.compiler.is_compiling():
-        output = loss_ops.policy_loss(policy_logits, *arguments, needs_gradient, backend)
-    elif needs_gradient:
-        if inplace_grad:
-            teachers = {"positive_logits": positive_logits, "negative_logits": negative_logits}
+    teachers = {"positive_logits": positive_logits, "negative_logits": negative_logits}
+    with parallel.Meeting(tp_group, vocab_size, vocab_start, backend) as meeting:
+        checks.check_labels(labels)
+        checks.check_logits("policy_logits", policy_logits, labels, meeting.sharded)
+        for name, teacher in teachers.items():
+            checks.check_teacher(name, teacher, policy_logits, labels, meeting.sharded)
+        arguments = loss_arguments(
+            labels, advantages, old_logprobs, surrogate, clip_low, clip_high, token_weight, ref_logprobs, kl_coef,
+            entropy_coef, denominator, negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index,
+            return_entropy,
+        )  # fmt: skip
+        needs_gradient = torch.is_grad_enabled() and policy_logits.requires_grad
+        if inplace_grad and needs_gradient and not torch.compiler.is_compiling():
             checks.check_in_place(policy_logits, teachers)
-        output = loss_ops.Fused.apply(policy_logits, inplace_grad, *arguments, backend)  # type: ignore[no-untyped-call]
+        meeting.bring([policy_logits, *teachers.values()], policy_logits.shape[-1], **arguments)
+    policy_logits, backend = meeting.true(policy_logits), meeting.backend
+    inputs = (*(None if x is None else meeting.true(x).detach() for x in teachers.values()), *arguments.values())
+    if torch.compiler.is_compiling():
+        output = loss_ops.policy_loss(policy_logits, *inputs, needs_gradient, backend)
+    elif needs_gradient:
+        output = loss_ops.Fused.apply(policy_logits, inplace_grad, *inputs, backend)  # type: ignore[no-untyped-call]
     else:
-        output = loss_ops.policy_loss(policy_logits, *arguments, False, backend)
+        output = loss_ops.policy_loss(policy_logits, *inputs, False, backend)
     loss, ratio, clipped, _, *credit = output
     return policy_loss_of(loss, ratio, clipped, credit, positive_logits, negative_logits, advantages, return_entropy)
 
@@ -113,8 +121,8 @@ def loss_arguments(
     entropy_coef: float | Tensor, denominator: float | Tensor | None, negative_mask: Tensor | None,
     lam: float | Tensor, eps_w: float | Tensor, temperature: float | Tensor, logit_scale: float | Tensor,
     logit_softcap: float | Tensor | None, ignore_index: int, return_entropy: bool,
-) -> tuple[Any, ...]:  # fmt: skip
-    """The loss ops' arguments from ``advantages`` to ``with_entropy``, checked, detached, numbers as 0-d tensors."""
+) -> dict[str, Any]:  # fmt: skip
+    """The loss ops' arguments from ``labels`` to ``with_entropy``, checked, detached, numbers as 0-d tensors."""
     checks.check_surrogate(surrogate, SURROGATES)
     if advantages is None:
         raise TypeError("advantages: expected a tensor, got None")
@@ -136,13 +144,14 @@ def loss_arguments(
         denominator = (labels != ignore_index).sum().clamp(min=1).double()
     numbers = {"lam": lam, "eps_w": eps_w, "clip_low": clip_low, "clip_high": clip_high, "kl_coef": kl_coef,
                "entropy_coef": entropy_coef, "denominator": denominator}  # fmt: skip
-    return (
-        advantages.detach(), detached(old_logprobs), detached(token_weight),
-        detached(ref_logprobs) if has_kl else None, negative_mask,
-        *(checks.scalar(name, value) for name, value in numbers.items()),
-        *checks.row_options(labels, temperature, logit_scale, logit_softcap), ignore_index, surrogate,
-        return_entropy or has_entropy,
-    )  # fmt: skip
+    temperature, logit_scale, logit_softcap = checks.row_options(labels, temperature, logit_scale, logit_softcap)
+    return {
+        "labels": labels, "advantages": advantages.detach(), "old_logprobs": detached(old_logprobs),
+        "token_weight": detached(token_weight), "ref_logprobs": detached(ref_logprobs) if has_kl else None,
+        "negative_mask": negative_mask, **{name: checks.scalar(name, value) for name, value in numbers.items()},
+        "temperature": temperature, "logit_scale": logit_scale, "logit_softcap": logit_softcap,
+        "ignore_index": ignore_index, "surrogate": surrogate, "with_entropy": return_entropy or has_entropy,
+    }  # fmt: skip
 
 
 def detached(tensor: Tensor | None) -> Tensor | None:

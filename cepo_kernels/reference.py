@@ -28,6 +28,7 @@ class Rows(NamedTuple):
     entropy: Tensor  # (N,)  nats
     log_others: Tensor  # (N, V)  log p_j, j != label
     others: Tensor  # (N, V)  p_j, j != label
+    log_total: Tensor  # (N,)  log of the sum over j != label of exp(x_j - the largest such x_j)
 
 
 class Credit(NamedTuple):
@@ -76,8 +77,8 @@ def row_terms(x: Tensor, labels: Tensor) -> Rows:
     probabilities = complement.unsqueeze(1) * shares  # all NaN where the row has no distribution
     mean_shift = row_sum(torch.where(exponentials == 0, 0.0, shifted * exponentials)) / total
     spread = torch.where(total == 0, 0.0, log_total - mean_shift)
-    entropy = complement * spread - _product(logprobs.exp(), logprobs) - _product(complement, log_complement)
-    return Rows(logprobs, complement, entropy, log_others, probabilities)
+    entropy = complement * spread - product(logprobs.exp(), logprobs) - product(complement, log_complement)
+    return Rows(logprobs, complement, entropy, log_others, probabilities, log_total)
 
 
 def logits_gradient(
@@ -97,8 +98,8 @@ def logits_gradient(
     if grad_entropy is not None:
         upstream = grad_entropy.double()
         entropy = rows.entropy
-        gradient -= upstream.unsqueeze(1) * _product(rows.others, rows.log_others + entropy.unsqueeze(1))
-        label_gradient -= upstream * _product(rows.logprobs.exp(), rows.logprobs + entropy)
+        gradient -= upstream.unsqueeze(1) * product(rows.others, rows.log_others + entropy.unsqueeze(1))
+        label_gradient -= upstream * product(rows.logprobs.exp(), rows.logprobs + entropy)
     return gradient.scatter(1, index, label_gradient.unsqueeze(1)) * slope
 
 
@@ -159,7 +160,7 @@ def loss_terms(
     return LossTerms(losses, ratio, clipped, slope, -entropy_coef.expand_as(slope))
 
 
-def _product(probability: Tensor, factor: Tensor) -> Tensor:
+def product(probability: Tensor, factor: Tensor) -> Tensor:
     """``probability * factor`` with 0 times anything = 0, but NaN kept."""
     return torch.where(probability == 0, 0.0, probability * factor)
 

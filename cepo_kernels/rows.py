@@ -36,7 +36,7 @@ class ForwardInputs(NamedTuple):
 class ForwardOutputs(NamedTuple):
     """Contiguous buffers of N values that a backend's forward fills, in whatever shape; empty where not asked for.
 
-    float32 (float64 for float64 logits). ``stats``, N times 4 float32, is the backend's own note to its backward.
+    float32 (float64 for float64 logits). ``stats``, N times 4, is the backend's own note to its backward.
     """
 
     logprobs: Tensor

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import checks
+from . import parallel
 from .contrastive import run_rows
 
 
@@ -17,6 +17,7 @@ class TokenLogprobs(NamedTuple):
     entropy: Tensor | None
 
 
+@parallel.outside_graphs
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
@@ -28,6 +29,9 @@ def token_logprobs(
     return_entropy: bool = False,
     inplace_grad: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
 ) -> TokenLogprobs:
     """Log-probability of each label, and the entropy of its row if asked, each row read once.
 
@@ -36,17 +40,16 @@ def token_logprobs(
     Args:
         logits: (..., V) bfloat16, float16, float32 or float64; last dimension contiguous, leading strides free.
         labels: (...) int32 or int64, already shifted. Where ``ignore_index``, the row is never read.
-        temperature, logit_scale, logit_softcap, ignore_index, return_entropy, inplace_grad, backend: as in
-            `contrastive_logprobs`, whose errors these are too.
+        temperature, logit_scale, logit_softcap, ignore_index, return_entropy, inplace_grad, backend, tp_group,
+            vocab_size, vocab_start: as in `contrastive_logprobs`, whose errors these are too.
 
     Returns:
         `TokenLogprobs`, float32 (float64 for float64 logits), in nats.
     """
-    checks.check_labels(labels)
-    checks.check_logits("logits", logits, labels)
     outputs = run_rows(
-        logits, None, None, labels, None, None,
+        ("logits", "", ""), logits, None, None, labels, None, None,
         lam=0.0, eps_w=0.0, temperature=temperature, logit_scale=logit_scale, logit_softcap=logit_softcap,
         ignore_index=ignore_index, return_entropy=return_entropy, inplace_grad=inplace_grad, backend=backend,
+        tp_group=tp_group, vocab_size=vocab_size, vocab_start=vocab_start,
     )  # fmt: skip
     return TokenLogprobs(outputs.logprobs, outputs.entropy if return_entropy else None)

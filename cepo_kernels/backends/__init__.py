@@ -2,7 +2,9 @@
 
 A backend module has four functions: ``unavailable(device_type) -> str | None`` (None, or why it cannot run there),
 ``forward(ForwardInputs, ForwardOutputs)``, ``backward(BackwardInputs)`` and ``policy_loss(LossInputs, LossOutputs)``;
-it may have ``divergence(DivergenceInputs, DivergenceOutputs)``. It never checks arguments: the op did.
+it may have ``divergence(DivergenceInputs, DivergenceOutputs)``. It never checks arguments: the op did. ``notes`` says
+what a forward's stats are to `sharded`, which merges them: "exponents" (a reference in powers of two, the sum of the
+others), "logits" (a reference in logits, the sum) or "".
 """
 
 from __future__ import annotations
@@ -34,9 +36,13 @@ NAMES = ("triton", "cuda", "cpu", "reference", *VARIANTS)
 _PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 
 
+_registered: dict[str, Backend] = {}
+
+
 class Backend(Protocol):
     """The functions of a backend module."""
 
+    notes: str
     unavailable: Callable[[str], str | None]
     forward: Callable[[ForwardInputs, ForwardOutputs], None]
     backward: Callable[[BackwardInputs], None]
@@ -59,6 +65,11 @@ def unavailable(name: str, device_type: str, function: str = "forward") -> str |
     return backend.unavailable(device_type) or (None if hasattr(backend, function) else f"it has no {function} yet")
 
 
+def register(name: str, backend: Backend) -> None:
+    """Give a name, never used before, to a backend that serves some calls only."""
+    _registered[name] = backend
+
+
 @cache
 def choose(name: str, device_type: str, dtype: torch.dtype, function: str = "forward") -> Backend:
     """The backend for a call of ``function``: ``name``, or for "auto" the fastest that can run, which is logged once.
@@ -77,6 +88,8 @@ def choose(name: str, device_type: str, dtype: torch.dtype, function: str = "for
                     reason = unavailable(first, device_type, function)
                     logger.warning("cepo_kernels runs on plain PyTorch, slowly: %s", reason)
                 return load(candidate)
+    if name in _registered:
+        return _registered[name]
     if name not in NAMES:
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(NAMES)}; got {name!r}")
     if dtype == torch.float64 and name != "reference":

@@ -38,6 +38,8 @@ ISAS = ("avx512", "avx2", "portable")
 class Variant:
     """The backend on one instruction set; without a name, on the best that this processor has."""
 
+    notes = "exponents"
+
     def __init__(self, isa: str = "") -> None:
         self.isa = isa
         if not isa and _cpu is not None:
@@ -114,4 +116,4 @@ def plain_read(data: Tensor, isa: str = "avx2") -> float:
 
 _best = Variant()
 unavailable, forward, backward = _best.unavailable, _best.forward, _best.backward
-policy_loss, divergence = _best.policy_loss, _best.divergence
+policy_loss, divergence, notes = _best.policy_loss, _best.divergence, _best.notes

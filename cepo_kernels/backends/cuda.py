@@ -29,6 +29,8 @@ _UNUSED = torch.full((), 0.75, dtype=torch.float64)  # stands where the kernels 
 class Variant:
     """The backend, its fused loss held to one of `KERNELS`."""
 
+    notes = "exponents"
+
     def __init__(self, kernel: str = "auto") -> None:
         self.kernel = kernel
 
@@ -139,4 +141,4 @@ class Variant:
 
 _auto = Variant()
 unavailable, forward, backward, policy_loss = _auto.unavailable, _auto.forward, _auto.backward, _auto.policy_loss
-rescale = _auto.rescale
+rescale, notes = _auto.rescale, _auto.notes

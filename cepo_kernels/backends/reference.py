@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from ..rows import (
 
 _ELEMENTS = 1 << 22  # per chunk; several float64 temporaries of this size are alive at once
 
+notes = ""
+
 
 def unavailable(device_type: str) -> str | None:
     return None
@@ -34,30 +36,41 @@ def forward(inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
     for rows in _scored(inputs.policy, inputs.labels, inputs.options.ignore_index):
         labels, options = inputs.labels[rows], inputs.options
         policy = _terms(inputs.policy, rows, labels, options)
-        outputs.logprobs[rows] = policy.logprobs.to(outputs.logprobs.dtype)
         if outputs.entropy.numel():
             outputs.entropy[rows] = policy.entropy.to(outputs.entropy.dtype)
-        negative = policy.logprobs
+        positive = negative = None
         if inputs.negative is not None:
             used = torch.ones_like(labels, dtype=torch.bool)
             if inputs.negative_mask is not None:
                 used = inputs.negative_mask[rows]
             negative = policy.logprobs.clone()
             negative[used] = _terms(inputs.negative, rows[used], labels[used], options).logprobs
-            outputs.negative_logprobs[rows] = negative.to(outputs.negative_logprobs.dtype)
-        advantages = None if inputs.advantages is None else inputs.advantages[rows].double()
         if inputs.positive is not None:
             positive = _terms(inputs.positive, rows, labels, options).logprobs
-            outputs.positive_logprobs[rows] = positive.to(outputs.positive_logprobs.dtype)
-            credit = reference.credit(
-                positive, negative, advantages, inputs.lam.to(positive), inputs.eps_w.to(positive)
-            )
-            outputs.evidence[rows] = credit.evidence.to(outputs.evidence.dtype)
-            if credit.weight is not None and credit.advantages is not None:
-                outputs.weight[rows] = credit.weight.to(outputs.weight.dtype)
-                outputs.advantages[rows] = credit.advantages.to(outputs.advantages.dtype)
-        elif advantages is not None:
-            outputs.advantages[rows] = advantages.to(outputs.advantages.dtype)
+        put(inputs, outputs, rows, policy.logprobs, positive, negative)
+
+
+def put(
+    inputs: ForwardInputs, outputs: ForwardOutputs, rows: Tensor, logprobs: Tensor, positive: Tensor | None,
+    negative: Tensor | None,
+) -> None:  # fmt: skip
+    """Write the log-probs of some rows, float64, and the credit that follows from them; outputs are flat."""
+    outputs.logprobs[rows] = logprobs.to(outputs.logprobs.dtype)
+    if negative is not None:
+        outputs.negative_logprobs[rows] = negative.to(outputs.negative_logprobs.dtype)
+    advantages = None if inputs.advantages is None else inputs.advantages[rows].double()
+    if positive is not None:
+        outputs.positive_logprobs[rows] = positive.to(outputs.positive_logprobs.dtype)
+        under_negative = logprobs if negative is None else negative
+        credit = reference.credit(
+            positive, under_negative, advantages, inputs.lam.to(positive), inputs.eps_w.to(positive)
+        )
+        outputs.evidence[rows] = credit.evidence.to(outputs.evidence.dtype)
+        if credit.weight is not None and credit.advantages is not None:
+            outputs.weight[rows] = credit.weight.to(outputs.weight.dtype)
+            outputs.advantages[rows] = credit.advantages.to(outputs.advantages.dtype)
+    elif advantages is not None:
+        outputs.advantages[rows] = advantages.to(outputs.advantages.dtype)
 
 
 def backward(inputs: BackwardInputs) -> None:
@@ -67,12 +80,12 @@ def backward(inputs: BackwardInputs) -> None:
         if upstream is not None:
             idle &= upstream == 0
     inner = inputs.policy.shape[1]
-    for rows in _chunks((skipped | idle).nonzero().squeeze(1), inputs.policy.shape[-1]):
+    for rows in chunks((skipped | idle).nonzero().squeeze(1), inputs.policy.shape[-1]):
         inputs.gradient[rows // inner, rows % inner] = 0
-    for rows in _chunks((~(skipped | idle)).nonzero().squeeze(1), inputs.policy.shape[-1]):
+    for rows in chunks((~(skipped | idle)).nonzero().squeeze(1), inputs.policy.shape[-1]):
         labels = inputs.labels[rows]
         raw = inputs.policy[rows // inner, rows % inner]
-        x, slope = _transform(raw, rows, inputs.options)
+        x, slope = transformed(raw, rows, inputs.options)
         gradient = reference.logits_gradient(
             reference.row_terms(x, labels),
             slope,
@@ -83,7 +96,12 @@ def backward(inputs: BackwardInputs) -> None:
         inputs.gradient[rows // inner, rows % inner] = gradient.to(inputs.gradient.dtype)
 
 
-def policy_loss(inputs: LossInputs, outputs: LossOutputs) -> None:
+def policy_loss(
+    inputs: LossInputs,
+    outputs: LossOutputs,
+    forward: Callable[[ForwardInputs, ForwardOutputs], None] = forward,
+    backward: Callable[[BackwardInputs], None] = backward,
+) -> None:
     """Forward, the loss of its log-probs, and backward: the definition of what other backends fuse."""
     given, made = inputs.forward, outputs.forward
     assert given.advantages is not None
@@ -128,15 +146,15 @@ def divergence(inputs: DivergenceInputs, outputs: DivergenceOutputs) -> None:
     if inputs.weight is not None:
         idle = (inputs.weight == 0).nonzero().squeeze(1)
         if outputs.gradient is not None:
-            for skipped in _chunks(idle, vocabulary):
+            for skipped in chunks(idle, vocabulary):
                 outputs.gradient[skipped // inner, skipped % inner] = 0
         rows = inputs.weight.nonzero().squeeze(1)
     how = (inputs.kind, inputs.beta, inputs.clip)
-    for some in _chunks(rows, vocabulary):
+    for some in chunks(rows, vocabulary):
         index = (some // inner, some % inner)
         raw = inputs.student[index]
-        student, slope = _transform(raw, some, inputs.options)
-        teacher, _ = _transform(inputs.teacher[index], some, inputs.options)
+        student, slope = transformed(raw, some, inputs.options)
+        teacher, _ = transformed(inputs.teacher[index], some, inputs.options)
         if inputs.top_k is None:
             found = divergence_reference.divergence(student, teacher, *how)
         else:
@@ -150,10 +168,10 @@ def divergence(inputs: DivergenceInputs, outputs: DivergenceOutputs) -> None:
 
 def _terms(logits: Tensor, rows: Tensor, labels: Tensor, options: RowOptions) -> reference.Rows:
     inner = logits.shape[1]
-    return reference.row_terms(_transform(logits[rows // inner, rows % inner], rows, options)[0], labels)
+    return reference.row_terms(transformed(logits[rows // inner, rows % inner], rows, options)[0], labels)
 
 
-def _transform(raw: Tensor, rows: Tensor, options: RowOptions) -> tuple[Tensor, Tensor]:
+def transformed(raw: Tensor, rows: Tensor, options: RowOptions) -> tuple[Tensor, Tensor]:
     temperature = options.temperature.to(raw.device)
     cap = options.logit_softcap
     return reference.transform(
@@ -165,8 +183,9 @@ def _transform(raw: Tensor, rows: Tensor, options: RowOptions) -> tuple[Tensor, 
 
 
 def _scored(logits: Tensor, labels: Tensor, ignore_index: int) -> Iterator[Tensor]:
-    return _chunks((labels != ignore_index).nonzero().squeeze(1), logits.shape[-1])
+    return chunks((labels != ignore_index).nonzero().squeeze(1), logits.shape[-1])
 
 
-def _chunks(rows: Tensor, vocabulary: int) -> Iterator[Tensor]:
+def chunks(rows: Tensor, vocabulary: int) -> Iterator[Tensor]:
+    """So many rows at a time as float64 copies of their logits may take."""
     return iter(rows.split(max(1, _ELEMENTS // vocabulary))) if rows.numel() else iter(())

@@ -23,6 +23,8 @@ COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
     "hip": {"enable_fp_fusion": False},
 }
 
+notes = "logits"
+
 
 def unavailable(device_type: str) -> str | None:
     if device_type not in ("cuda", "cpu"):
