@@ -1,4 +1,7 @@
-"""Writes the tables of README.md from the files in benchmarks/results: `python benchmarks/readme.py`."""
+"""Writes the tables of README.md and docs/performance.md from the files in benchmarks/results.
+
+python benchmarks/readme.py
+"""
 
 from __future__ import annotations
 
@@ -12,33 +15,81 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+CPU = {"cpu.json": "", "cpu-avx2.json": ", all held to AVX2"}
+PEERS = ("torch.compile", "eager", "TRL")
+
+
 def speed() -> str:
-    """The machine as it is, and held to AVX2 where that was measured."""
-    paths = [RESULTS / "cpu.json", RESULTS / "cpu-avx2.json"]
-    return "\n\n".join(_speed(path) for path in paths if path.exists())
+    """One line for each measured group of `logits`."""
+    lines = ["| three tensors, V = 151,936 | ms | of a plain read | torch.compile | eager | TRL | error |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    for name, held in CPU.items():
+        for group in _measured(name)["groups"]:
+            if group["group"].startswith("forward"):
+                rows = group["rows"]
+                ours = next(row for row in rows if row["name"] == "cepo")
+                share = "" if ours["share_of_read"] is None else f"{ours['share_of_read']:.0%}"
+                peers = [next(row for row in rows if row["name"].startswith(peer)) for peer in PEERS]
+                faster = " | ".join(f"{peer['speedup']:.1f}x" for peer in peers)
+                what = f"{group['group']}{held}"
+                lines.append(f"| {what} | {ours['ms']:.1f} | {share} | {faster} | {ours['error']:.1e} |")
+    return "\n".join(lines)
 
 
-def _speed(path: Path) -> str:
-    """Medians per group: milliseconds, our speed-up, share of a plain read, error."""
-    measured = json.loads(path.read_text())
+def logits() -> str:
+    """The machine as it is, and held to AVX2."""
+    found = [(_measured(name), held) for name, held in CPU.items()]
+    return "\n\n".join(
+        f"{_machine(measured)}{held}. Medians of interleaved runs in one process; the error is the largest relative "
+        f"one against float64 (of log-probs; with gradient, of the gradient).\n\n{_tables(measured, 'of a plain read')}"
+        for measured, held in found
+    )
+
+
+def linear() -> str:
+    measured = _measured("linear.json")
+    return (
+        f"{_machine(measured)}. Medians of interleaved runs in one process.\n\n{_tables(measured, 'of the last row')}"
+    )
+
+
+def memory() -> str:
+    """MiB beyond inputs, gradients and one float32 head."""
+    measured = _measured("memory.json")
+    names = list(dict.fromkeys(row["name"] for row in measured["measured"]))
+    found = {(row["rows"], row["name"]): row["bytes"] for row in measured["measured"]}
+    lines = [f"H = {measured['width']:,}, V = {measured['vocabulary']:,}, bfloat16.", ""]
+    lines += ["| MiB | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    for rows in sorted({rows for rows, _ in found}):
+        cells = ["failed" if (n := found[rows, name]) is None else f"{n / 2**20:,.0f}" for name in names]
+        lines.append(f"| N = {rows:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _measured(name: str) -> dict[str, Any]:
+    measured: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return measured
+
+
+def _machine(measured: dict[str, Any]) -> str:
     machine = measured["machine"]
-    held = "**All held to AVX2.** " if "avx2" in path.name else ""
-    lines = [
-        f"{held}{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}. "
-        "Medians of interleaved runs in one process; the error is the largest relative one against float64 (of "
-        "log-probs; with gradient, of the gradient).",
-        "",
-    ]
+    return f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}"
+
+
+def _tables(measured: dict[str, Any], share_of: str) -> str:
+    """Medians per group: milliseconds, our speed-up, a share, error."""
+    lines = []
     for group in measured["groups"]:
         if "adversarial" in group["group"]:
             continue
-        lines += [f"**{group['title']}**", "", "| | ms | GB/s | of a plain read | `cepo` is faster by | error |"]
+        lines += [f"**{group['title']}**", "", f"| | ms | GB/s | {share_of} | `cepo` is faster by | error |"]
         lines += ["|---|---:|---:|---:|---:|---:|"]
         for row in group["rows"]:
+            speed = "" if row["gb_per_s"] is None else f"{row['gb_per_s']:.1f}"
             share = "" if row["share_of_read"] is None else f"{row['share_of_read']:.0%}"
             faster = "" if row["speedup"] is None or row["name"] == "cepo" else f"{row['speedup']:.1f}x"
             error = "" if row["error"] is None else f"{row['error']:.1e}"
-            lines.append(f"| {row['name']} | {row['ms']:.1f} | {row['gb_per_s']:.1f} | {share} | {faster} | {error} |")
+            lines.append(f"| {row['name']} | {row['ms']:.1f} | {speed} | {share} | {faster} | {error} |")
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -123,18 +174,24 @@ def learning() -> str:
     return "\n".join(lines)
 
 
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"speed": speed, "gpu": gpu, "learning": learning},
+    "docs/performance.md": {"logits": logits, "linear": linear, "memory": memory},
+}
+
+
 def main() -> int:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    tables: dict[str, Callable[[], str]] = {"speed": speed, "gpu": gpu, "learning": learning}
-    for name, table in tables.items():
-        begin, end = f"<!-- {name}: benchmarks/readme.py writes this -->", f"<!-- /{name} -->"
-        if begin not in text or end not in text:
-            print(f"README.md: expected the markers {begin!r} and {end!r}", file=sys.stderr)
-            return 2
-        before, after = text.split(begin)[0], text.split(end)[1]
-        text = f"{before}{begin}\n{table()}\n{end}{after}"
-    path.write_text(text)
+    for page, tables in PAGES.items():
+        path = ROOT / page
+        text = path.read_text()
+        for name, table in tables.items():
+            begin, end = f"<!-- {name}: benchmarks/readme.py writes this -->", f"<!-- /{name} -->"
+            if begin not in text or end not in text:
+                print(f"{page}: expected the markers {begin!r} and {end!r}", file=sys.stderr)
+                return 2
+            before, after = text.split(begin)[0], text.split(end)[1]
+            text = f"{before}{begin}\n{table()}\n{end}{after}"
+        path.write_text(text)
     return 0
 
 

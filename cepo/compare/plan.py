@@ -29,7 +29,8 @@ from typing import Any
 import yaml
 
 from cepo import cli
-from cepo.config import Config, _check_seed, _one_of, _require
+from cepo.config import Config
+from cepo.config.checks import check_seed, one_of, require
 from cepo.errors import InputError, one_line
 
 BASE = "base"
@@ -173,26 +174,26 @@ def load(path: str | Path) -> Plan:
 
 def _check(name: str, content: dict[str, Any]) -> Plan:
     for key in content:
-        _one_of("keys", key, (*_NEEDED, *_DEFAULTS))
+        one_of("keys", key, (*_NEEDED, *_DEFAULTS))
     for key in _NEEDED:
-        _require(key in content, key, "to be there", None)
+        require(key in content, key, "to be there", None)
     content = {**_DEFAULTS, **content}
     methods, tasks = _names(content, "methods"), _names(content, "tasks")
-    _require(BASE not in methods, "methods", "other names than that of the untrained model", BASE)
-    _one_of("reference", content["reference"], methods)
-    _one_of("metric", content["metric"], METRICS)
+    require(BASE not in methods, "methods", "other names than that of the untrained model", BASE)
+    one_of("reference", content["reference"], methods)
+    one_of("metric", content["metric"], METRICS)
     rates, tuning_seeds = _tuning(content["tuning"])
     seeds = _seeds("seeds", content["seeds"])
     both = sorted({*seeds} & {*tuning_seeds})
-    _require(not both, "tuning.seeds", "none of seeds", both)
+    require(not both, "tuning.seeds", "none of seeds", both)
     pass_at = content["pass_at"]
-    _require(isinstance(pass_at, dict) and pass_at.keys() == {"k", "problems"}, "pass_at", "k and problems", pass_at)
+    require(isinstance(pass_at, dict) and pass_at.keys() == {"k", "problems"}, "pass_at", "k and problems", pass_at)
     counts = {"pass_at.k": (pass_at["k"], 1), "pass_at.problems": (pass_at["problems"], 0),
               "test_problems": (content["test_problems"], 1)}  # fmt: skip
     for key, (value, least) in counts.items():
-        _require(type(value) is int and value >= least, key, f"a whole number, at least {least}", value)
+        require(type(value) is int and value >= least, key, f"a whole number, at least {least}", value)
     limit = content["cell_seconds"]
-    _require(limit is None or (_is_number(limit) and limit > 0), "cell_seconds", "a number above 0, or null", limit)
+    require(limit is None or (_is_number(limit) and limit > 0), "cell_seconds", "a number above 0, or null", limit)
     return Plan(
         name, _configs(content, bool(rates)), methods, tasks, seeds, rates, tuning_seeds, content["reference"],
         content["metric"], content["test_problems"], pass_at, limit,
@@ -201,28 +202,28 @@ def _check(name: str, content: dict[str, Any]) -> Plan:
 
 def _names(content: dict[str, Any], key: str) -> list[str]:
     value = content[key]
-    _require(isinstance(value, dict) and len(value) > 0, key, "name: overrides", value)
+    require(isinstance(value, dict) and len(value) > 0, key, "name: overrides", value)
     for name in value:
-        _require(isinstance(name, str) and _NAME.fullmatch(name) is not None, key, "names of [A-Za-z0-9_.+]", name)
+        require(isinstance(name, str) and _NAME.fullmatch(name) is not None, key, "names of [A-Za-z0-9_.+]", name)
     return list(value)
 
 
 def _seeds(key: str, value: Any) -> list[int]:
     distinct = isinstance(value, list) and len(value) > 0 and all(type(seed) is int for seed in value)
-    _require(distinct and len({*value}) == len(value), key, "a list of different whole numbers", value)
+    require(distinct and len({*value}) == len(value), key, "a list of different whole numbers", value)
     for seed in value:
-        _check_seed(key, seed)
+        check_seed(key, seed)
     return list(value)
 
 
 def _tuning(value: Any) -> tuple[list[float], list[int]]:
     if value is None:
         return [], []
-    _require(isinstance(value, dict) and value.keys() == {"lr", "seeds"}, "tuning", "lr and seeds", value)
+    require(isinstance(value, dict) and value.keys() == {"lr", "seeds"}, "tuning", "lr and seeds", value)
     rates = value["lr"]
     good = isinstance(rates, list) and len(rates) > 0 and all(_is_number(lr) and 0 < lr < float("inf") for lr in rates)
     # They name directories, by six digits.
-    _require(good and len({f"{lr:g}" for lr in rates}) == len(rates), "tuning.lr", "different numbers above 0", rates)
+    require(good and len({f"{lr:g}" for lr in rates}) == len(rates), "tuning.lr", "different numbers above 0", rates)
     return sorted(map(float, rates)), _seeds("tuning.seeds", value["seeds"])
 
 
@@ -244,17 +245,17 @@ def _configs(content: dict[str, Any], tuned: bool) -> dict[tuple[str, str], Conf
             own = _flat(where, changes, taken)
             for key in own:
                 section = key.partition(".")[0]
-                _require(section not in _SHARED, where, "no section that all methods share", section)
+                require(section not in _SHARED, where, "no section that all methods share", section)
             configs[task, method] = _config(where, shared | own)
     return configs
 
 
 def _flat(where: str, overrides: Any, taken: Mapping[str, str]) -> dict[str, str]:
     """Overrides by section as the values of `--section.key` options."""
-    _require(isinstance(overrides, dict), where, "a dictionary of sections, {} for none", overrides)
+    require(isinstance(overrides, dict), where, "a dictionary of sections, {} for none", overrides)
     flat: dict[str, str] = {}
     for section, value in overrides.items():
-        _one_of(where, section, [field.name for field in fields(Config)])
+        one_of(where, section, [field.name for field in fields(Config)])
         keys = (
             {f"{section}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {section: value}
         )

@@ -1,0 +1,107 @@
+"""The configuration: one small dataclass per part of the loop, checked where it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cepo import axes
+from cepo.config.checks import require
+from cepo.config.methods import AdvantageConfig, CreditConfig, LossConfig, RewardConfig, RredcotConfig
+from cepo.config.parts import (
+    FEEDBACK_HINT,
+    HINT,
+    SIBLING_HINT,
+    SOLUTION_HINT,
+    SPLICE,
+    CheckpointConfig,
+    DiagnoseConfig,
+    EvalConfig,
+    PolicyConfig,
+    RolloutConfig,
+    TaskConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "FEEDBACK_HINT",
+    "HINT",
+    "SIBLING_HINT",
+    "SOLUTION_HINT",
+    "SPLICE",
+    "AdvantageConfig",
+    "CheckpointConfig",
+    "Config",
+    "CreditConfig",
+    "DiagnoseConfig",
+    "EvalConfig",
+    "LossConfig",
+    "PolicyConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RredcotConfig",
+    "TaskConfig",
+    "TeacherConfig",
+    "TrainConfig",
+]
+
+
+@dataclass
+class Config:
+    """Everything a run is made of.
+
+    Args:
+        policy: the model that learns.
+        task: where the problems come from.
+        rollout: how completions are sampled.
+        teacher: what the teachers are told.
+        reward: how good is a rollout?
+        advantage: relative to its group?
+        credit: which tokens earned it?
+        rredcot: how credit `rredcot` splits a response and values its segments.
+        loss: how does the policy move?
+        train: the optimisation.
+        eval: held-out accuracy, sampled and greedy.
+        checkpoint: what survives a crash.
+        backend: of cepo_kernels: auto, triton, cpu, cpu:avx512, cpu:avx2, cpu:portable or reference; `cepo doctor` says
+            which run here.
+        run_dir: where the run is kept; null: a fresh directory under runs/.
+    """
+
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    rredcot: RredcotConfig = field(default_factory=RredcotConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    backend: str = "auto"
+    run_dir: str | None = None
+
+    def check(self) -> Config:
+        """Fill in what depends on a method's name. Raises InputError, in one line, for the first bad value."""
+        for part in (self.policy, self.rollout, self.teacher, self.reward, self.advantage, self.credit,
+                     self.rredcot, self.loss, self.train, self.eval, self.checkpoint):  # fmt: skip
+            part.check()
+        if self.loss.distils:
+            for name in ("reward", "advantage", "credit"):
+                got, default = getattr(self, name).name, type(getattr(self, name))().name
+                require(got == default, f"{name}.name",
+                         f"the default, as loss {self.loss.name} has a teacher and reads no {name}", got)  # fmt: skip
+        else:
+            require(self.rollout.group_size >= 2, "rollout.group_size", "at least 2 to compare",
+                     self.rollout.group_size)  # fmt: skip
+        require(self.reward.name == "verifier" or not self.advantage.counts_successes, "advantage.name",
+                 f"one that does not count successes, which reward {self.reward.name} knows nothing of",
+                 self.advantage.name)  # fmt: skip
+        require(self.reward.verifier != "embedded" or self.task.name == "addition", "reward.verifier",
+                 f"a model that knows task {self.task.name}", self.reward.verifier)  # fmt: skip
+        self.loss.average = self.loss.average or self.advantage.average or "token"
+        if check := getattr(axes.module("credit", self.credit.name), "check", None):
+            check(self)
+        return self
