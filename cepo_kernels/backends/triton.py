@@ -12,10 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions
+from ..rows import (
+    BackwardInputs,
+    DivergenceInputs,
+    DivergenceOutputs,
+    ForwardInputs,
+    ForwardOutputs,
+    LossInputs,
+    LossOutputs,
+    RowOptions,
+)
 from .tables import Launch, launch
 
 RESCALE_BLOCK = 4096
+PAIR_UNROLL = 2  # columns that a lane takes at a time of both of a divergence's rows; decides bits, as UNROLL does
+KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 # A product and a sum become one operation only where a kernel says so. Left to itself, ptxas spills a predicate or two
 # to fit one more program; 128 registers a thread still let four of them share a multiprocessor.
 COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -99,6 +110,37 @@ def policy_loss(inputs: LossInputs, outputs: LossOutputs) -> None:
         )  # fmt: skip
 
 
+def divergence(inputs: DivergenceInputs, outputs: DivergenceOutputs) -> None:
+    student, options, gradient = inputs.student, inputs.options, outputs.gradient
+    vocabulary = student.shape[-1]
+    softcap = options.logit_softcap is not None
+    shape = launch(vocabulary, student.dtype, softcap)
+    values, numbers = _values(_shared(options), student.device)
+    kind = 3 if (inputs.kind, inputs.beta) == ("jsd", 0.5) else KINDS[inputs.kind]
+    with _current(student.device):
+        _divergence_kernels().divergence_kernel[(outputs.values.numel(),)](
+            student, inputs.teacher, inputs.weight, *_threshold(student, inputs.top_k), _per_row(options), values,
+            outputs.values, gradient, *_strides(student), *_strides(inputs.teacher), *_strides(gradient),
+            student.shape[1], vocabulary, *numbers, inputs.beta, inputs.clip or 0.0,
+            KIND=kind, CLIP=inputs.clip is not None, SOFTCAP=softcap, BLOCK=shape.block, UNROLL=shape.unroll,
+            PAIR_UNROLL=PAIR_UNROLL, BACKWARD_BLOCK=pair_backward_block(shape), **_compile_options(shape),
+        )  # fmt: skip
+
+
+def pair_backward_block(shape: Launch) -> int:
+    """Of a divergence's gradient, which has more to hold of a column than `Launch.backward_block` leaves room for."""
+    return 2 * shape.block
+
+
+def _threshold(logits: Tensor, top_k: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """Of each row the ``top_k``-th largest logit, and how many of those that equal it are among the ``top_k``."""
+    if top_k is None:
+        return None, None
+    largest = logits.topk(top_k, dim=-1, sorted=False).values
+    threshold = largest.amin(-1, keepdim=True)
+    return threshold.float(), (largest == threshold).sum(-1, dtype=torch.int32)
+
+
 def rescale(gradient: Tensor, factor: Tensor) -> None:
     """``gradient *= factor``, 0-d on the same device, without waiting for it; at 1 nothing is read."""
     size = gradient.numel()
@@ -118,6 +160,13 @@ def _loss_kernels() -> Any:
     from . import triton_policy_loss
 
     return triton_policy_loss
+
+
+@functools.cache
+def _divergence_kernels() -> Any:
+    from . import triton_divergence
+
+    return triton_divergence
 
 
 def _compile_options(shape: Launch) -> dict[str, Any]:
