@@ -51,3 +51,10 @@ def launch(vocabulary: int, dtype: torch.dtype, softcap: bool) -> Launch:
     """The launch for rows of ``vocabulary`` columns, the policy's logits being of ``dtype``."""
     block, threads = next((block, threads) for most, block, threads in LAUNCHES if vocabulary <= most)
     return Launch(block, UNROLL_CAPPED if softcap else UNROLL, *threads[dtype.itemsize])
+
+
+def pair_launch(vocabulary: int, dtype: torch.dtype, softcap: bool) -> Launch:
+    """The launch of a divergence, whose later sweeps find both rows in the L2 if few enough are in flight."""
+    shape = launch(vocabulary, dtype, softcap)
+    wider = 4 if shape.block == 512 else 1
+    return shape._replace(block=wider * shape.block, warps=wider * shape.warps)

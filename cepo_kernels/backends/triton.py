@@ -21,12 +21,12 @@ from ..rows import (
     LossInputs,
     LossOutputs,
     RowOptions,
+    top_k_threshold,
 )
-from .tables import Launch, launch
+from . import native
+from .tables import Launch, launch, pair_launch
 
 RESCALE_BLOCK = 4096
-PAIR_UNROLL = 2  # columns that a lane takes at a time of both of a divergence's rows; decides bits, as UNROLL does
-KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 # A product and a sum become one operation only where a kernel says so. Left to itself, ptxas spills a predicate or two
 # to fit one more program; 128 registers a thread still let four of them share a multiprocessor.
 COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -114,31 +114,17 @@ def divergence(inputs: DivergenceInputs, outputs: DivergenceOutputs) -> None:
     student, options, gradient = inputs.student, inputs.options, outputs.gradient
     vocabulary = student.shape[-1]
     softcap = options.logit_softcap is not None
-    shape = launch(vocabulary, student.dtype, softcap)
+    shape = pair_launch(vocabulary, student.dtype, softcap)
     values, numbers = _values(_shared(options), student.device)
-    kind = 3 if (inputs.kind, inputs.beta) == ("jsd", 0.5) else KINDS[inputs.kind]
+    kind = 3 if (inputs.kind, inputs.beta) == ("jsd", 0.5) else native.KINDS[inputs.kind]
     with _current(student.device):
         _divergence_kernels().divergence_kernel[(outputs.values.numel(),)](
-            student, inputs.teacher, inputs.weight, *_threshold(student, inputs.top_k), _per_row(options), values,
+            student, inputs.teacher, inputs.weight, *top_k_threshold(student, inputs.top_k), _per_row(options), values,
             outputs.values, gradient, *_strides(student), *_strides(inputs.teacher), *_strides(gradient),
             student.shape[1], vocabulary, *numbers, inputs.beta, inputs.clip or 0.0,
             KIND=kind, CLIP=inputs.clip is not None, SOFTCAP=softcap, BLOCK=shape.block, UNROLL=shape.unroll,
-            PAIR_UNROLL=PAIR_UNROLL, BACKWARD_BLOCK=pair_backward_block(shape), **_compile_options(shape),
+            BACKWARD_BLOCK=2 * shape.block, **_compile_options(shape),
         )  # fmt: skip
-
-
-def pair_backward_block(shape: Launch) -> int:
-    """Of a divergence's gradient, which has more to hold of a column than `Launch.backward_block` leaves room for."""
-    return 2 * shape.block
-
-
-def _threshold(logits: Tensor, top_k: int | None) -> tuple[Tensor | None, Tensor | None]:
-    """Of each row the ``top_k``-th largest logit, and how many of those that equal it are among the ``top_k``."""
-    if top_k is None:
-        return None, None
-    largest = logits.topk(top_k, dim=-1, sorted=False).values
-    threshold = largest.amin(-1, keepdim=True)
-    return threshold.float(), (largest == threshold).sum(-1, dtype=torch.int32)
 
 
 def rescale(gradient: Tensor, factor: Tensor) -> None:

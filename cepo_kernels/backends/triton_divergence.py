@@ -168,7 +168,6 @@ def _total(lanes):
 def _sum(
     student, teacher, vocabulary, pick, level, mixture, clip,
     KIND: tl.constexpr, PART: tl.constexpr, CLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Over the part's columns: what they add; q - p; how many are clipped; probability of a KL's first that is; and of
     a jsd the sum of q log(q / m)."""
@@ -178,31 +177,30 @@ def _sum(
     count = tl.zeros((BLOCK,), tl.float32)
     cut = tl.zeros((BLOCK,), tl.float32)
     mean = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, vocabulary, UNROLL * BLOCK):
-        for i in tl.static_range(UNROLL):
-            at = first + i * BLOCK + lane
-            _, _, r, u, hi, lost = _columns(
-                student, teacher, at, vocabulary, pick, level, KIND, PART, SOFTCAP
-            )  # fmt: skip
-            own, q, difference, log_share = _share(r, u, mixture, KIND)
-            difference *= hi
-            shift += difference
-            added = tl.where(lost, float("inf"), hi * own)
-            held = hi * q * log_share
-            if CLIP:
-                limit = clip
-                if KIND == FORWARD:
-                    limit = clip + difference
-                    cut += _where_clipped(clip, r, hi, u, own, lost, hi, 0.0, KIND)
-                elif KIND == REVERSE:
-                    limit = clip - difference
-                    cut += _where_clipped(clip, r, hi, u, own, lost, hi, 0.0, KIND)
-                count += _where_clipped(clip, r, hi, u, own, lost, 1.0, 0.0, KIND)
-                added = _where_clipped(clip, r, hi, u, own, lost, limit, added, KIND)
-                held = _where_clipped(clip, r, hi, u, own, lost, 0.0, held, KIND)
-            value += added
-            if (KIND == JSD) | (KIND == EVEN_JSD):
-                mean += held
+    for first in range(0, vocabulary, BLOCK):
+        at = first + lane
+        _, _, r, u, hi, lost = _columns(
+            student, teacher, at, vocabulary, pick, level, KIND, PART, SOFTCAP
+        )  # fmt: skip
+        own, q, difference, log_share = _share(r, u, mixture, KIND)
+        difference *= hi
+        shift += difference
+        added = tl.where(lost, float("inf"), hi * own)
+        held = hi * q * log_share
+        if CLIP:
+            limit = clip
+            if KIND == FORWARD:
+                limit = clip + difference
+                cut += _where_clipped(clip, r, hi, u, own, lost, hi, 0.0, KIND)
+            elif KIND == REVERSE:
+                limit = clip - difference
+                cut += _where_clipped(clip, r, hi, u, own, lost, hi, 0.0, KIND)
+            count += _where_clipped(clip, r, hi, u, own, lost, 1.0, 0.0, KIND)
+            added = _where_clipped(clip, r, hi, u, own, lost, limit, added, KIND)
+            held = _where_clipped(clip, r, hi, u, own, lost, 0.0, held, KIND)
+        value += added
+        if (KIND == JSD) | (KIND == EVEN_JSD):
+            mean += held
     return _total(value), _total(shift), _total(count), _total(cut), _total(mean)
 
 
@@ -305,7 +303,7 @@ def divergence_kernel(
     gradient_outer: tl.int64, gradient_inner: tl.int64, inner_rows: tl.int64, vocabulary: tl.int32,
     scale: tl.float64, cap: tl.float64, temperature: tl.float64, beta: tl.float64, clip: tl.float64,
     KIND: tl.constexpr, CLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
-    PAIR_UNROLL: tl.constexpr, BACKWARD_BLOCK: tl.constexpr,
+    BACKWARD_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The divergence of one pair of rows and its gradient; with thresholds, of the chosen columns and a bucket."""
     row = tl.program_id(0).to(tl.int64)
@@ -357,8 +355,7 @@ def divergence_kernel(
                 unit, inner, tail_top, tail_total, tail_student, tail_student, top, s, tail_teacher, tail_teacher
             )
             _, shift, _, _, _ = _sum(
-                student, teacher, vocabulary, pick, level, mixture, clip, FORWARD, TAIL, False, SOFTCAP, BLOCK,
-                PAIR_UNROLL,
+                student, teacher, vocabulary, pick, level, mixture, clip, FORWARD, TAIL, False, SOFTCAP, BLOCK
             )  # fmt: skip
             tail_student += log1p(shift)
     teacher_total, teacher_top, origin, _, _ = sums(
@@ -388,7 +385,7 @@ def divergence_kernel(
     )  # fmt: skip
     PART: tl.constexpr = CHOSEN if TOP_K else ALL
     value, shift, count, cut, mean = _sum(
-        student, teacher, vocabulary, pick, level, mixture, clip, KIND, PART, CLIP, SOFTCAP, BLOCK, PAIR_UNROLL
+        student, teacher, vocabulary, pick, level, mixture, clip, KIND, PART, CLIP, SOFTCAP, BLOCK
     )
     bucket_r = tl.full((), 0.0, tl.float32)
     bucket_hi = bucket_r
