@@ -53,8 +53,8 @@ def launch(vocabulary: int, dtype: torch.dtype, softcap: bool) -> Launch:
     return Launch(block, UNROLL_CAPPED if softcap else UNROLL, *threads[dtype.itemsize])
 
 
-def pair_launch(vocabulary: int, dtype: torch.dtype, softcap: bool) -> Launch:
+def pair_launch(vocabulary: int, dtype: torch.dtype, softcap: bool, top_k: bool) -> Launch:
     """The launch of a divergence, whose later sweeps find both rows in the L2 if few enough are in flight."""
-    shape = launch(vocabulary, dtype, softcap)
+    shape = launch(vocabulary, dtype, softcap or top_k)  # either leaves fewer registers to unroll with
     wider = 4 if shape.block == 512 else 1
     return shape._replace(block=wider * shape.block, warps=wider * shape.warps)

@@ -114,7 +114,7 @@ def divergence(inputs: DivergenceInputs, outputs: DivergenceOutputs) -> None:
     student, options, gradient = inputs.student, inputs.options, outputs.gradient
     vocabulary = student.shape[-1]
     softcap = options.logit_softcap is not None
-    shape = pair_launch(vocabulary, student.dtype, softcap)
+    shape = pair_launch(vocabulary, student.dtype, softcap, inputs.top_k is not None)
     values, numbers = _values(_shared(options), student.device)
     kind = 3 if (inputs.kind, inputs.beta) == ("jsd", 0.5) else native.KINDS[inputs.kind]
     with _current(student.device):

@@ -20,7 +20,7 @@ from .triton_rows import LN2, LOG2E, LOWEST, chosen, log1p, sums, tanh, units
 
 FORWARD, REVERSE, JSD, EVEN_JSD = (tl.constexpr(kind) for kind in range(4))  # the last: of beta 1/2
 ALL, CHOSEN, TAIL = (tl.constexpr(part) for part in range(3))
-HUGE = tl.constexpr(3.0e38)
+HUGE = tl.constexpr(3.4028234663852886e38)
 FAR = tl.constexpr(4194304.0)  # a log-ratio that stands for all larger ones where e^-u multiplies it
 
 
@@ -115,12 +115,20 @@ def _where_clipped(clip, r, hi, u, value, lost, x, y, KIND: tl.constexpr):
 
 
 @triton.jit
+def _difference(a, b):
+    """a - b as a number and what its rounding left out."""
+    d = a - b
+    back = d - a
+    return d, tl.where(tl.abs(d) < float("inf"), (a - (d - back)) - (b + back), 0.0)
+
+
+@triton.jit
 def _columns(
     student, teacher, at, vocabulary, pick, level, KIND: tl.constexpr, PART: tl.constexpr, SOFTCAP: tl.constexpr
 ):
     """Of columns: whether they are of the part, the student's logits, log(p / q), its size, hi, and whether a KL's
     first is possible there and its second is not."""
-    k, unit, inner_high, inner_low, student_top, teacher_top, student_factor, teacher_factor, gap, gap_low = level
+    k, unit, inner_high, inner_low, student_top, teacher_top, student_factor, teacher_factor, gap, gap_low, log_gap = level
     inside = at < vocabulary
     b = tl.load(student + at, mask=inside, other=float("-inf")).to(tl.float32)
     a = tl.load(teacher + at, mask=inside, other=float("-inf")).to(tl.float32)
@@ -129,16 +137,14 @@ def _columns(
         inside = inside & (chosen(b, at, threshold, last) == (PART == CHOSEN))
     low_a = tl.maximum(a, LOWEST)
     low_b = tl.maximum(b, LOWEST)
-    d = low_a - low_b
     x, y = b, a
     if SOFTCAP:  # tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)
         x = units(b, inner_high, inner_low, True)
         y = units(a, inner_high, inner_low, True)
-        r = tl.fma(unit, tanh(d * inner_high) * tl.fma(-x, y, 1.0), -gap) - gap_low
+        r = tl.fma(unit, tanh((low_a - low_b) * inner_high) * tl.fma(-x, y, 1.0), -gap) - gap_low
     else:
-        back = d - low_a
-        rest = (low_a - (d - back)) - (low_b + back)  # d + rest is the difference exactly
-        r = tl.fma(unit, d, -gap) + tl.where(tl.abs(d) < float("inf"), tl.fma(unit, rest, -gap_low), 0.0)
+        d, rest = _difference(low_a, low_b)
+        r = tl.fma(unit, (d - gap) + (rest - gap_low), -log_gap)
     falls = r < 0.0
     t = tl.where(falls, x - student_top, y - teacher_top) * k
     hi = tl.exp2(t) * tl.where(falls, student_factor, teacher_factor)
@@ -257,7 +263,7 @@ def _log_sum(a, b):
 @triton.jit
 def _level(
     unit, inner, student_top, student_total, student_log, student_log_z,
-    teacher_top, teacher_total, teacher_log, teacher_log_z,
+    teacher_top, teacher_total, teacher_log, teacher_log_z, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """A part's constants, from each row's highest, its sum relative to that, the logarithm of the sum and that of the
     whole that probabilities are of."""
@@ -265,14 +271,19 @@ def _level(
     inner_low = (inner - inner_high.to(tl.float64)).to(tl.float32)
     student_share = tl.exp(student_log - student_log_z) / tl.where(student_total > 0.0, student_total, 1.0)
     teacher_share = tl.exp(teacher_log - teacher_log_z) / tl.where(teacher_total > 0.0, teacher_total, 1.0)
-    gap = tl.where(
-        (student_log_z > float("-inf")) & (teacher_log_z > float("-inf")), teacher_log_z - student_log_z, 0.0
-    )
-    gap_high = gap.to(tl.float32)
-    gap_low = (gap - gap_high.to(tl.float64)).to(tl.float32)
+    if SOFTCAP:
+        gap = teacher_log_z - student_log_z
+        gap_high = gap.to(tl.float32)
+        gap_low = (gap - gap_high.to(tl.float64)).to(tl.float32)
+        log_gap = gap
+    else:  # the highest logits apart: a row of 1e30 leaves no digits for the other's
+        gap_high, gap_low = _difference(teacher_top, student_top)
+        log_gap = (teacher_log_z - teacher_top.to(tl.float64) * unit) - (
+            student_log_z - student_top.to(tl.float64) * unit
+        )
     return (
         (unit * LOG2E).to(tl.float32), unit.to(tl.float32), inner_high, inner_low, student_top, teacher_top,
-        student_share.to(tl.float32), teacher_share.to(tl.float32), gap_high, gap_low,
+        student_share.to(tl.float32), teacher_share.to(tl.float32), gap_high, gap_low, log_gap.to(tl.float32),
     )  # fmt: skip
 
 
@@ -352,8 +363,9 @@ def divergence_kernel(
         broken |= tail_top == float("inf")
         if (tail_student > float("-inf")) & (tail_teacher > float("-inf")) & (broken == 0):
             level = _level(
-                unit, inner, tail_top, tail_total, tail_student, tail_student, top, s, tail_teacher, tail_teacher
-            )
+                unit, inner, tail_top, tail_total, tail_student, tail_student, top, s, tail_teacher, tail_teacher,
+                SOFTCAP,
+            )  # fmt: skip
             _, shift, _, _, _ = _sum(
                 student, teacher, vocabulary, pick, level, mixture, clip, FORWARD, TAIL, False, SOFTCAP, BLOCK
             )  # fmt: skip
@@ -381,7 +393,7 @@ def divergence_kernel(
 
     level = _level(
         unit, inner, student_top, student_total, student_log, student_log_z,
-        teacher_top, teacher_total, teacher_log, teacher_log_z,
+        teacher_top, teacher_total, teacher_log, teacher_log_z, SOFTCAP,
     )  # fmt: skip
     PART: tl.constexpr = CHOSEN if TOP_K else ALL
     value, shift, count, cut, mean = _sum(
@@ -443,7 +455,7 @@ def divergence_kernel(
             moved = log1p(shift)
             level = _level(
                 unit, inner, student_top, student_total, student_log, student_log_z + moved,
-                teacher_top, teacher_total, teacher_log, teacher_log_z,
+                teacher_top, teacher_total, teacher_log, teacher_log_z, SOFTCAP,
             )  # fmt: skip
             bucket_r += moved.to(tl.float32)
         level_of_q = level_of_q.to(tl.float32)

@@ -171,23 +171,26 @@ CEPO_DEVICE double log_sum(double a, double b) {
     return origin + log_of(exp(a - origin) + exp(b - origin));
 }
 // Of a part, where its rows' wholes have the logarithms student_log_z and teacher_log_z. By thread 0.
+template <bool kCapped>
 CEPO_DEVICE void put_level(PairState& state, const PairSum& part, double student_log, double student_log_z,
                            double teacher_log, double teacher_log_z) {
     const auto factor = [](const PartSum& sum, double log, double log_z) {
         return static_cast<float>(sum.total > 0.0 ? exp(log - log_z) / sum.total : 0.0);
     };
-    const double gap = teacher_log_z - student_log_z;
-    const float main = static_cast<float>(gap);
-    state.level = {part.student.top,
-                   part.teacher.top,
-                   factor(part.student, student_log, student_log_z),
-                   factor(part.teacher, teacher_log, teacher_log_z),
-                   main,
-                   static_cast<float>(gap - main)};
+    const double unit = state.rows.unit, whole = teacher_log_z - student_log_z;
+    const float main = static_cast<float>(whole);
+    const double logs = (teacher_log_z - part.teacher.top * unit) - (student_log_z - part.student.top * unit);
+    state.level = {
+        part.student.top,
+        part.teacher.top,
+        factor(part.student, student_log, student_log_z),
+        factor(part.teacher, teacher_log, teacher_log_z),
+        kCapped ? Difference{main, static_cast<float>(whole - main)} : difference(part.teacher.top, part.student.top),
+        static_cast<float>(logs)};
 }
 
-// The chosen columns' bucket mate: the logarithms of the tails' sums, the student's from the teacher's where both are
-// there, so that their ratio keeps its digits. False if a row is broken.
+// For the bucket of all columns that are not chosen: the logarithms of the tails' sums, the student's from the
+// teacher's where both are there, so that their ratio keeps its digits. False if a row is broken.
 template <bool kCapped>
 CEPO_DEVICE bool sum_tail(PairState& state, float threshold, int equals, float clip) {
     find_last_chosen(state, threshold, equals);
@@ -197,7 +200,7 @@ CEPO_DEVICE bool sum_tail(PairState& state, float threshold, int equals, float c
         state.tail = tail;
         state.log_p = teacher, state.log_q = student;
         state.clip = INFINITY;
-        put_level(state, tail, student, student, teacher, teacher);
+        put_level<kCapped>(state, tail, student, student, teacher, teacher);
     }
     if (student != student || teacher != teacher) return false;
     device::block_barrier();
@@ -253,7 +256,7 @@ __global__ void __launch_bounds__(kPairThreads, 1)
         state.student_log_z = thresholds ? log_sum(student, state.log_q) : student;
         state.teacher_log_z = thresholds ? log_sum(teacher, state.log_p) : teacher;
         state.log_p -= state.teacher_log_z, state.log_q -= state.student_log_z;
-        put_level(state, sum, student, state.student_log_z, teacher, state.teacher_log_z);
+        put_level<kCapped>(state, sum, student, state.student_log_z, teacher, state.teacher_log_z);
     }
     device::block_barrier();
     if (!(state.student_log_z > -INFINITY && state.teacher_log_z > -INFINITY)) return finish_with(NAN);
@@ -273,8 +276,8 @@ __global__ void __launch_bounds__(kPairThreads, 1)
         device::store(d.values + row, static_cast<float>(weight * sums.value));
         // A jsd's gradient is unmoved to first order: the mean has the same error.
         const double moved = kKl ? log1p(shift) : 0.0, level = divergence_level(sums, how);
-        put_level(state, state.sum, state.student_log, state.student_log_z + moved, state.teacher_log,
-                  state.teacher_log_z);
+        put_level<kCapped>(state, state.sum, state.student_log, state.student_log_z + moved, state.teacher_log,
+                           state.teacher_log_z);
         state.level_of_q = static_cast<float>(level);
         if (thresholds) {
             const double bucket = divergence_slope(divergence_entry(state.log_p, state.log_q - moved, how), level, how);

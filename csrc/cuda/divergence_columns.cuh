@@ -25,9 +25,21 @@ struct Pick {
     CEPO_DEVICE bool takes(float x, int column) const { return x > threshold || (x == threshold && column <= last); }
 };
 
-// A part's constants, for every column.
+// a - b as a number and what its rounding left out.
+struct Difference {
+    float main, rest;
+};
+CEPO_DEVICE Difference difference(float a, float b) {
+    const float d = a - b, back = d - a;
+    return {d, fabsf(d) < INFINITY ? (a - (d - back)) - (b + back) : 0.0f};
+}
+
+// A part's constants, for every column. Without a cap, `gap` is that of the highest logits alone: a row of 1e30 leaves
+// no digits for the other's.
 struct Level {
-    float student_top, teacher_top, student_factor, teacher_factor, gap, gap_low;
+    float student_top, teacher_top, student_factor, teacher_factor;
+    Difference gap;
+    float log_gap;
 };
 
 struct Mixture {
@@ -148,22 +160,22 @@ struct Column {
 // From the raw logits a and b and what exponents are made of, y and x.
 template <int kForm, bool kCapped>
 CEPO_DEVICE Column column_of(float b, float a, float x, float y, const PairRows& rows, const Level& l) {
-    const float low_a = fmaxf(a, kLowestLogit), low_b = fmaxf(b, kLowestLogit), d = low_a - low_b;
+    const float low_a = fmaxf(a, kLowestLogit), low_b = fmaxf(b, kLowestLogit);
     Column c;
     if (kCapped) {  // tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)
-        const float top = fmaxf(x, -1.0f), other = fmaxf(y, -1.0f);  // of another part: nothing weighs there
-        c.r = fmaf(rows.unit, tanh_of(d * rows.inner) * fmaf(-top, other, 1.0f), -l.gap) - l.gap_low;
+        const float capped_x = fmaxf(x, -1.0f), capped_y = fmaxf(y, -1.0f);  // of another part nothing weighs
+        c.r = fmaf(rows.unit, tanh_of((low_a - low_b) * rows.inner) * fmaf(-capped_x, capped_y, 1.0f), -l.gap.main) -
+              l.gap.rest;
     } else {
-        const float back = d - low_a;
-        const float rest = (low_a - (d - back)) - (low_b + back);  // d + rest is the difference exactly
-        c.r = fmaf(rows.unit, d, -l.gap) + (fabsf(d) < INFINITY ? fmaf(rows.unit, rest, -l.gap_low) : 0.0f);
+        const Difference d = difference(low_a, low_b);
+        c.r = fmaf(rows.unit, (d.main - l.gap.main) + (d.rest - l.gap.rest), -l.log_gap);
     }
     c.falls = c.r < 0.0f;
     const float t = (c.falls ? x - l.student_top : y - l.teacher_top) * rows.k;
     c.hi = device::fast_exp2(t) * (c.falls ? l.student_factor : l.teacher_factor);
     c.lost = !kCapped && (kForm == kForwardKl || kForm == kReverseKl) && (kForm == kForwardKl ? b : a) == -INFINITY &&
              t > -1074.0f;
-    const float u = c.u = fminf(fabsf(c.r), 3e38f);
+    const float u = c.u = fminf(fabsf(c.r), -kLowestLogit);
     float series = fmaf(-0x1.1f5370p-13f, u, 0x1.5b046ep-10f);
     series = fmaf(series, u, -0x1.0ffb70p-7f);
     series = fmaf(series, u, 0x1.554514p-5f);
