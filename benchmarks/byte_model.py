@@ -77,12 +77,10 @@ def divergence_dram(rows: int, vocabulary: int, itemsize: int, l2_holds: bool) -
     return rows * vocabulary * itemsize * (3 if l2_holds else 7)
 
 
-def l2_holds_rows(
-    vocabulary: int, itemsize: int, multiprocessors: int, l2_bytes: int, rows: int = BLOCKS_PER_MULTIPROCESSOR
-) -> bool:
-    """Whether the rows that are in flight at once, `rows` on a multiprocessor, fit into the L2: the policy's of two
-    blocks, or a divergence's pair of one."""
-    return multiprocessors * rows * vocabulary * itemsize <= l2_bytes
+def l2_holds_rows(vocabulary: int, itemsize: int, multiprocessors: int, l2_bytes: int) -> bool:
+    """Whether the policy rows that are in flight at once, or the pairs of a divergence, of which a multiprocessor has
+    one, fit into the L2."""
+    return multiprocessors * BLOCKS_PER_MULTIPROCESSOR * vocabulary * itemsize <= l2_bytes
 
 
 def floor(kind: str, rows: int, vocabulary: int, itemsize: int) -> int:

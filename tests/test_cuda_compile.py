@@ -1,6 +1,7 @@
 """Every CUDA kernel compiled, without a GPU, for the architectures that setup.py names.
 
-No spills, two blocks of 512 threads on a multiprocessor (of a divergence one), and the loads and stores that the design counts on.
+No spills, two blocks of 512 threads on a multiprocessor, of a divergence one, and the loads and stores that the design
+counts on.
 """
 
 from __future__ import annotations

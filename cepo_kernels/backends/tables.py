@@ -43,7 +43,7 @@ LAUNCHES: tuple[tuple[int, int, dict[int, Threads]], ...] = (
 )
 
 # Which of "triton" and "cuda" was measured faster, by the backend's function ("forward", which decides for
-# its backward too, or "policy_loss") and the GPU's compute capability. Where nothing stands, triton runs.
+# its backward too, "policy_loss" or "divergence") and the GPU's compute capability. Where nothing stands, triton runs.
 FASTEST: dict[tuple[str, tuple[int, int]], str] = {}
 
 

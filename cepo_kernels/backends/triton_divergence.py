@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .triton_kernels import cap_slope, fill, options, put, start
-from .triton_rows import LN2, LOG2E, LOWEST, chosen, log1p, sums, tanh, units
+from .triton_rows import LOG2E, LOWEST, chosen, log1p, sums, tanh, units
 
 FORWARD, REVERSE, JSD, EVEN_JSD = (tl.constexpr(kind) for kind in range(4))  # the last: of beta 1/2
 ALL, CHOSEN, TAIL = (tl.constexpr(part) for part in range(3))
@@ -128,7 +128,9 @@ def _columns(
 ):
     """Of columns: whether they are of the part, the student's logits, log(p / q), its size, hi, and whether a KL's
     first is possible there and its second is not."""
-    k, unit, inner_high, inner_low, student_top, teacher_top, student_factor, teacher_factor, gap, gap_low, log_gap = level
+    k, unit, inner_high, inner_low, student_top, teacher_top, student_factor, teacher_factor, gap, gap_low, log_gap = (
+        level
+    )
     inside = at < vocabulary
     b = tl.load(student + at, mask=inside, other=float("-inf")).to(tl.float32)
     a = tl.load(teacher + at, mask=inside, other=float("-inf")).to(tl.float32)
@@ -446,7 +448,7 @@ def divergence_kernel(
     value = tl.where((value < 0.0) & (count == 0.0), 0.0, value)
     put(out, row, factor * value)
     if gradient is not None:
-        if KIND == REVERSE:
+        if KIND == REVERSE:  # noqa: SIM102
             if tl.abs(level_of_q) == float("inf"):
                 fill(gradient, vocabulary, float("nan"), BACKWARD_BLOCK)
                 return

@@ -162,7 +162,7 @@ CEPO_DEVICE ColumnSums column_sums(PairState& state, Part part) {
 
 // --- rows ------------------------------------------------------------------------------------------------------------
 
-CEPO_DEVICE double log_of(double x) { return x > 0.0 ? log(x) : -INFINITY; }
+CEPO_DEVICE double log_of(double x) { return x == 0.0 ? -INFINITY : log(x); }
 CEPO_DEVICE double log_total(const PartSum& sum, float unit) {
     return log_of(sum.total) + static_cast<double>(sum.top) * unit;
 }
