@@ -63,11 +63,27 @@ def dram(kernel: str, rows: int, vocabulary: int, itemsize: int, l2_holds: bool)
     return Traffic(rows * row * reads + own.read, rows * row * (kernel != "forward") + own.written)
 
 
+def divergence(scored: int, idle: int, vocabulary: int, itemsize: int) -> dict[str, Traffic]:
+    """What a divergence with its gradient asks of the caches, by tensor, both of one dtype and without a top_k: three
+    sweeps over both rows, for the normalisers, the sum and the gradient."""
+    row = vocabulary * itemsize
+    read = Traffic(3 * scored * row, 0)
+    return {"student": read, "teacher": read, "gradient": Traffic(0, (scored + idle) * row)}
+
+
+def divergence_dram(rows: int, vocabulary: int, itemsize: int, l2_holds: bool) -> int:
+    """Bytes that reach memory of it, every row scored. `l2_holds`: whether a pair of rows is still in the L2 when the
+    later sweeps come back to it; see `l2_holds_rows`. The floor is two reads and a write."""
+    return rows * vocabulary * itemsize * (3 if l2_holds else 7)
+
+
 def l2_holds_rows(vocabulary: int, itemsize: int, multiprocessors: int, l2_bytes: int) -> bool:
-    """Whether the policy rows that are in flight at once fit into the L2."""
+    """Whether the policy rows that are in flight at once, or the pairs of a divergence, of which a multiprocessor has
+    one, fit into the L2."""
     return multiprocessors * BLOCKS_PER_MULTIPROCESSOR * vocabulary * itemsize <= l2_bytes
 
 
 def floor(kind: str, rows: int, vocabulary: int, itemsize: int) -> int:
-    """The least that forward, fused (loss and gradient in one) or separate (forward, then backward) must move."""
-    return {"forward": 3, "fused": 4, "separate": 5}[kind] * rows * vocabulary * itemsize
+    """The least that forward, fused (loss and gradient in one), separate (forward, then backward) or divergence (with
+    its gradient) must move."""
+    return {"forward": 3, "fused": 4, "separate": 5, "divergence": 3}[kind] * rows * vocabulary * itemsize

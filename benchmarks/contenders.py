@@ -6,7 +6,11 @@ ours upcast 16-bit logits first, as their own documentation advises; TRL's is ca
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch._inductor.config
@@ -90,6 +94,38 @@ def on_cpu(isa: str | None) -> tuple[dict[str, Contender], dict[str, str]]:
     except ImportError as error:
         absent["TRL"] = f"{error}; `pip install .[bench]`"
     return found, absent
+
+
+def divergences() -> dict[str, Callable[..., Any]]:
+    """Functions of (student, teacher) logits to the JSD's sum over the rows and the student's gradient."""
+
+    def eager_jsd(student: Tensor, teacher: Tensor) -> Tensor:
+        log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum()
+
+    values: dict[str, Callable[..., Tensor]] = {
+        "eager": eager_jsd, "torch.compile": torch.compile(eager_jsd, fullgraph=True, dynamic=False)
+    }  # fmt: skip
+    with contextlib.suppress(ImportError):
+        from trl.experimental.gkd import GKDTrainer
+
+        values["TRL"] = lambda b, a: GKDTrainer.generalized_jsd_loss(b.float(), a.float(), reduction="sum")
+    with contextlib.suppress(ImportError):
+        from liger_kernel.transformers.jsd import LigerJSD
+
+        values["Liger"] = lambda b, a: LigerJSD()(b.float().log_softmax(-1), a.float().log_softmax(-1)) * len(b)
+    for name in ("triton", "cuda"):
+        if backends.unavailable(name, "cuda", "divergence") is None:
+            values[name] = lambda b, a, name=name: cepo_kernels.divergence(b, a, kind="jsd", backend=name).sum()
+
+    def with_gradient(value: Callable[..., Tensor], student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        student = student.detach().requires_grad_()
+        found = value(student, teacher)
+        (gradient,) = torch.autograd.grad(found, student)
+        return found.detach(), gradient
+
+    return {name: partial(with_gradient, value) for name, value in values.items()}
 
 
 def with_gradient(contender: Contender) -> Contender:

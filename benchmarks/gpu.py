@@ -85,6 +85,8 @@ def by_construction(backend: str, kind: str, rows: int, vocabulary: int, itemsiz
         return None
     device = torch.cuda.get_device_properties(0)
     holds = byte_model.l2_holds_rows(vocabulary, itemsize, device.multi_processor_count, device.L2_cache_size)
+    if kind == "divergence":
+        return byte_model.divergence_dram(rows, vocabulary, itemsize, holds)
     clusters = backend in ("cuda", "cuda:cluster") and device.major >= 9
     kernels = {"forward": ["forward"], "fused": ["cluster8" if clusters else "streaming"],
                "separate": ["forward", "backward"]}[kind]  # fmt: skip
@@ -92,7 +94,8 @@ def by_construction(backend: str, kind: str, rows: int, vocabulary: int, itemsiz
 
 
 def group(rows: int, vocabulary: int, dtype: torch.dtype, kind: str) -> dict[str, Any]:
-    """One table: everybody on the same inputs. ``kind`` is forward, fused (in place) or separate (with backward)."""
+    """One table: everybody on the same inputs. ``kind`` is forward, fused (in place), separate (with backward) or
+    divergence (of the first two logits, with the first's gradient)."""
     logits, rest = inputs(rows, vocabulary, dtype)
     runs: dict[str, contenders.Contender] = {"eager": contenders.eager}
     runs["torch.compile"] = torch.compile(contenders.eager, fullgraph=True, dynamic=False)
@@ -103,6 +106,8 @@ def group(rows: int, vocabulary: int, dtype: torch.dtype, kind: str) -> dict[str
     for name in ("triton", "cuda", "cuda:streaming", "cuda:cluster"):
         if backends.unavailable(name, "cuda") is None:
             runs[name] = ours(name, kind)
+    if kind == "divergence":
+        runs, rest = contenders.divergences(), (logits[1],)
     calls: dict[str, Call] = {}
     for name, run in runs.items():
         calls[name] = partial(no_grad if kind == "forward" else apply, run, logits[0], *rest)
@@ -199,7 +204,7 @@ def main() -> None:
         raise SystemExit("benchmarks/gpu.py: torch sees no CUDA device")
     cases = [(v, torch.bfloat16) for v in VOCABULARIES] + [(151_936, torch.float32)]
     groups = []
-    for kind in ("forward", "fused", "separate"):
+    for kind in ("forward", "fused", "separate", "divergence"):
         for vocabulary, dtype in cases:
             found = group(arguments.rows, vocabulary, dtype, kind)
             groups.append(found)

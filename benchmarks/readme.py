@@ -99,6 +99,8 @@ GPU_ROWS = (  # what, floor, wanted, and the cell
     ("three log-probs + credit, forward", "6NV", ">= 90 % of measured bandwidth", lambda at: _share(at, "forward")),
     ("the same + policy gradient, fused loss, in place", "8NV", ">= 85 %", lambda at: _share(at, "fused")),
     ("forward, then separate backward", "10NV", ">= 88 %", lambda at: _share(at, "separate")),
+    ("divergence of two rows (JSD) + student gradient", "6NV", ">= 85 %",
+     lambda at: _share(at, "divergence") if "divergence" in at else "-"),
     ("against TRL: forward, separate, fused", "", ">= 1.0x, >= 1.0x, >= 1.15x",
      lambda at: ", ".join(_faster(at, kind, "TRL") for kind in ("forward", "separate", "fused"))),
     ("against Liger, quack, torch.compile: forward", "", "ahead of each",

@@ -50,7 +50,7 @@ def fastest(groups: list[dict[str, Any]], capability: tuple[int, int]) -> dict[t
     for group in groups:
         ms = {row["name"]: row["ms"] for row in group["rows"]}
         if {"cuda", "triton"} <= ms.keys():
-            op = "policy_loss" if group["kind"] == "fused" else "forward"
+            op = {"fused": "policy_loss", "divergence": "divergence"}.get(group["kind"], "forward")
             logs.setdefault(op, []).append(math.log(ms["cuda"] / ms["triton"]))
     return {(op, capability): "cuda" if sum(of) < 0 else "triton" for op, of in logs.items()}
 

@@ -117,6 +117,16 @@ def row_values(value: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> T
     return value.detach().to(dtype).expand(shape).reshape(-1).contiguous()
 
 
+def top_k_threshold(logits: Tensor, top_k: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """Of each row the ``top_k``-th largest logit, float32, and how many of those that equal it are among the ``top_k``,
+    int32: what a kernel needs to tell them, the first of equals before the others."""
+    if top_k is None:
+        return None, None
+    largest = logits.topk(top_k, dim=-1, sorted=False).values
+    threshold = largest.amin(-1, keepdim=True)
+    return threshold.float(), (largest == threshold).sum(-1, dtype=torch.int32)
+
+
 def blocks(tensors: list[Tensor | None]) -> Iterator[tuple[slice | None, list[Tensor | None]]]:
     """Views (O, I, V) of tensors (..., V) of one shape, without a copy, and the slice of rows each covers; None: all.
 

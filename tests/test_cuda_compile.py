@@ -1,6 +1,7 @@
 """Every CUDA kernel compiled, without a GPU, for the architectures that setup.py names.
 
-No spills, two blocks of 512 threads on a multiprocessor, and the loads and stores that the design counts on.
+No spills, two blocks of 512 threads on a multiprocessor, of a divergence one, and the loads and stores that the design
+counts on.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SETUP = (ROOT / "setup.py").read_text()
 ARCHITECTURES = re.findall(r'"(\w+)"', re.search(r"CUDA_ARCHITECTURES = \((.*)\)", SETUP)[1])
 FLAGS = re.search(r'NVCC_FLAGS = "(.*?) -Xfatbin', SETUP)[1].split()
-ROW_KERNELS = {"forward": 6, "policy_loss": 4, "cluster": 4}  # sources, and how many kernels each holds
+# Sources, and how many kernels each holds.
+ROW_KERNELS = {"forward": 6, "policy_loss": 4, "cluster": 4, "divergence": 8}
 REGISTERS = 65536 // (2 * 512)
+REGISTERS_OF_PAIRS = 65536 // 512  # a block on a multiprocessor: fewer rows in flight for the L2 to hold
 
 
 class Needs(NamedTuple):
@@ -74,7 +77,8 @@ def test_no_kernel_spills_and_two_blocks_fit(built):
         assert len(found) == count, (architecture, source, list(found))
         for name, needs in found.items():
             assert needs.spills == 0, (architecture, name, needs)
-            assert needs.registers <= REGISTERS, (architecture, name, needs)
+            most = REGISTERS_OF_PAIRS if source == "divergence" else REGISTERS
+            assert needs.registers <= most, (architecture, name, needs)
 
 
 @pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump")

@@ -113,3 +113,68 @@ def test_memory_beyond_the_inputs(name):
     out = cepo_kernels.contrastive_policy_loss(fed, *arguments[1:], inplace_grad=True, backend=name)
     torch.autograd.grad(out.loss, fed)
     assert torch.cuda.max_memory_allocated() - before < fed.nbytes / 20
+
+
+DIVERGENCES = [{}, {"kind": "jsd", "beta": 0.3, "clip": 0.05}, {"kind": "reverse_kl", "top_k": 50}]
+
+
+@pytest.mark.parametrize("how", DIVERGENCES, ids=str)
+def test_a_divergence_waits_for_nothing_and_a_graph_records_it(name, how):
+    student, teacher, *_ = inputs()
+    options = {"temperature": torch.tensor(0.8, device="cuda"), "backend": name, **how}
+
+    def step():
+        leaf = student.detach().requires_grad_()
+        values = cepo_kernels.divergence(leaf, teacher, **options)
+        values.sum().backward()
+        return values.detach(), leaf.grad
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        recorded = cepo_kernels.divergence(student, teacher, **options)
+    student.copy_(student.flip(0))
+    graph.replay()
+    oracle.assert_same_bits(recorded, step()[0])
+
+
+@pytest.mark.parametrize("how", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("dtype", oracle.NATIVE)
+def test_a_divergence_of_long_rows_is_the_references(name, dtype, how):
+    """What the suite of all backends has no time for."""
+    student, teacher = (x[:4] for x in inputs(151_936, dtype)[:2])
+    found = []
+    for backend in (name, "reference"):
+        leaf = student.detach().requires_grad_()
+        values = cepo_kernels.divergence(leaf, teacher, backend=backend, **how)
+        values.sum().backward()
+        found.append((values.detach(), leaf.grad.float()))
+    (values, gradient), (want, want_gradient) = found
+    torch.testing.assert_close(values, want, rtol=1e-5, atol=2e-6 if "clip" in how else 1e-9)
+    scale = want_gradient.abs().amax(1, keepdim=True)
+    assert ((gradient - want_gradient).abs() <= (1e-4 + torch.finfo(dtype).eps) * scale).all()
+
+
+def test_a_divergence_of_more_than_two_to_the_31_elements(name):
+    vocabulary = 131_072
+    rows = 2**31 // vocabulary + 8
+    student = torch.zeros(rows, vocabulary, dtype=torch.bfloat16, device="cuda")
+    student[-8:] = oracle.logits_like((8, vocabulary), 1, torch.bfloat16).cuda()
+    teacher = oracle.logits_like((1, vocabulary), 2, torch.bfloat16).cuda().expand(rows, -1)
+    whole = cepo_kernels.divergence(student, teacher, backend=name)[-8:]
+    oracle.assert_same_bits(whole, cepo_kernels.divergence(student[-8:], teacher[-8:], backend=name))
+
+
+def test_a_divergence_in_place_allocates_nothing_of_the_size_of_the_logits(name):
+    student, teacher, *_ = inputs(151_936)
+    fed = student.requires_grad_() * 1.0
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    values = cepo_kernels.divergence(fed, teacher, inplace_grad=True, backend=name)
+    torch.autograd.grad(values.sum(), fed)
+    assert torch.cuda.max_memory_allocated() - before < fed.nbytes / 20

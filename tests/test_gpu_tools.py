@@ -81,9 +81,10 @@ def test_the_fastest_launch_is_found_and_the_table_left_as_it_was():
     assert lines[0] == (256, 64, {2: tables.Threads(1, 2), 4: tables.Threads(1, 2)})
     assert lines[-1] == (2**31 - 1, 512, {2: tables.Threads(4, 3), 4: tables.Threads(8, 2)})
     groups = [group("forward", cuda=1.0, triton=2.0), group("separate", cuda=3.0, triton=2.0),
-              group("fused", cuda=2.0, triton=1.9), group("fused", cuda=1.0)]  # fmt: skip
+              group("fused", cuda=2.0, triton=1.9), group("fused", cuda=1.0),
+              group("divergence", cuda=1.0, triton=1.1)]  # fmt: skip
     best = tune.fastest(groups, HOPPER)
-    assert best == {("forward", HOPPER): "cuda", ("policy_loss", HOPPER): "triton"}
+    assert best == {("forward", HOPPER): "cuda", ("policy_loss", HOPPER): "triton", ("divergence", HOPPER): "cuda"}
     names = {"Threads": tables.Threads}
     exec(tune.source(lines, best), names)
     assert (list(names["LAUNCHES"]), names["FASTEST"]) == (lines, best)
@@ -120,7 +121,7 @@ def test_the_readmes_table_is_empty_until_a_gpu_has_run_and_then_shows_it(tmp_pa
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     empty = readme.gpu()
     assert "Not yet measured" in empty
-    assert len(rows := empty.splitlines()[4:]) == 6
+    assert len(rows := empty.splitlines()[4:]) == 7
     assert all(row.endswith("|  |  |  |  |  |") for row in rows)
     groups = [group("forward", cuda=2.0, triton=1.25, TRL=2.5, eager=12.5),
               group("fused", cuda=2.0, triton=2.5, TRL=3.0), group("separate", cuda=2.0, triton=2.5)]  # fmt: skip
@@ -130,4 +131,4 @@ def test_the_readmes_table_is_empty_until_a_gpu_has_run_and_then_shows_it(tmp_pa
     assert "yet" not in full
     cells = [row.split("|")[4].strip() for row in full.splitlines()[4:]]
     dashes = "Liger -, quack -, torch.compile -"
-    assert cells == ["80%", "50%", "50%", "2.00x, -, 1.50x", dashes, "10.00x; 3"]
+    assert cells == ["80%", "50%", "50%", "-", "2.00x, -, 1.50x", dashes, "10.00x; 3"]

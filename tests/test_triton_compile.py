@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from cepo_kernels.backends import triton as backend  # noqa: E402
-from cepo_kernels.backends.tables import launch  # noqa: E402
+from cepo_kernels.backends.tables import launch, pair_launch  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -32,10 +32,12 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-LOGITS = {"policy": "bf16", "positive": "bf16", "negative": "bf16", "gradient": "bf16"}
-POINTERS = {"labels": "i64", "negative_mask": "i1", "clipped": "i1", "temperatures": "fp32", "values": "fp64"}
+LOGITS = dict.fromkeys(("policy", "positive", "negative", "gradient", "student", "teacher"), "bf16")
+POINTERS = {"labels": "i64", "negative_mask": "i1", "clipped": "i1", "temperatures": "fp32", "values": "fp64",
+            "equals": "i32"}  # fmt: skip
 TEACHERS = {"positive", "negative", "positive_logprobs", "negative_logprobs", "evidence", "weight"}
 PLAIN = {"temperatures", "values", "negative_mask"}  # the options are numbers, the same for every row
+ENTRIES = PLAIN | {"thresholds", "equals"}  # and every column is an entry
 TOKEN = TEACHERS | PLAIN | {"advantages", "token_advantages"}
 FP16, FP32 = dict.fromkeys(LOGITS, "fp16"), dict.fromkeys(LOGITS, "fp32")
 
@@ -49,6 +51,8 @@ class Variant(NamedTuple):
     softcap: bool = False
     vocabulary: int = 151_936
     aligned: bool = True
+    kind: int = 0  # of a divergence: forward KL, reverse KL, jsd, jsd of beta 1/2
+    clip: bool = False
 
 
 VARIANTS = {
@@ -69,6 +73,14 @@ VARIANTS = {
     "backward, fp32, entropy": Variant("backward", PLAIN, FP32),
     "backward, every option": Variant("backward", set(), FP16, softcap=True),
     "backward, odd vocabulary": Variant("backward", PLAIN, vocabulary=50_257, aligned=False),
+    "forward KL": Variant("divergence", ENTRIES),
+    "forward KL, value alone": Variant("divergence", ENTRIES | {"gradient"}),
+    "forward KL, top k, odd": Variant("divergence", PLAIN, vocabulary=50_257, aligned=False),
+    "reverse KL, fp32": Variant("divergence", ENTRIES, FP32, kind=1),
+    "reverse KL, small vocabulary": Variant("divergence", ENTRIES, vocabulary=200, kind=1),
+    "even jsd, clip": Variant("divergence", ENTRIES, kind=3, clip=True),
+    "jsd": Variant("divergence", ENTRIES, kind=2),
+    "jsd, every option": Variant("divergence", set(), FP16, softcap=True, kind=2, clip=True),
 }
 
 
@@ -102,17 +114,21 @@ def test_no_variant_spills(variant, target, tmp_path, table):
 
 
 def compiled(variant: Variant, target: Any, folder: Path) -> Resources:
-    from cepo_kernels.backends import triton_kernels, triton_policy_loss
+    from cepo_kernels.backends import triton_divergence, triton_kernels, triton_policy_loss
 
-    module = triton_policy_loss if variant.kernel == "policy_loss" else triton_kernels
+    module = {"policy_loss": triton_policy_loss, "divergence": triton_divergence}.get(variant.kernel, triton_kernels)
     kernel = getattr(module, f"{variant.kernel}_kernel")
     policy = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
         variant.dtypes.get("policy", "bf16")
     ]
+    of_pair = variant.kernel == "divergence"
     shape = launch(variant.vocabulary, policy, variant.softcap)
+    if of_pair:
+        shape = pair_launch(variant.vocabulary, policy, variant.softcap, "thresholds" not in variant.absent)
     block = shape.backward_block if variant.kernel == "backward" else shape.block
     constant = {"SOFTCAP": variant.softcap, "BLOCK": block, "UNROLL": shape.unroll, "CISPO": True}
-    constant["BACKWARD_BLOCK"] = shape.backward_block
+    constant["BACKWARD_BLOCK"] = 2 * shape.block if of_pair else shape.backward_block
+    constant |= {"KIND": variant.kind, "CLIP": variant.clip}
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}

@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions
+from ..rows import (
+    BackwardInputs,
+    DivergenceInputs,
+    DivergenceOutputs,
+    ForwardInputs,
+    ForwardOutputs,
+    LossInputs,
+    LossOutputs,
+    RowOptions,
+    top_k_threshold,
+)
 from . import native
 
 _cuda: ModuleType | None
@@ -89,6 +99,21 @@ class Variant:
             )
         del keep
 
+    def divergence(self, inputs: DivergenceInputs, outputs: DivergenceOutputs) -> None:
+        values, options = self._options_on_device(inputs.options, (), inputs.student.device)
+        keep, call = native.divergence_call(inputs._replace(options=options), outputs)
+        threshold, equals = top_k_threshold(inputs.student, inputs.top_k)
+        with self._launch(inputs.student) as stream:
+            self.extension.divergence(
+                *native.shape(inputs.student),
+                call,
+                native.address(threshold),
+                native.address(equals),
+                native.address(values),
+                stream,
+            )
+        del keep, threshold, equals
+
     def rescale(self, gradient: Tensor, factor: Tensor) -> None:
         """``gradient *= factor``, 0-d float32 on the same device, without waiting for it; at 1 nothing is read."""
         dtype = native.DTYPES[gradient.dtype]
@@ -141,4 +166,4 @@ class Variant:
 
 _auto = Variant()
 unavailable, forward, backward, policy_loss = _auto.unavailable, _auto.forward, _auto.backward, _auto.policy_loss
-rescale, notes = _auto.rescale, _auto.notes
+divergence, rescale, notes = _auto.divergence, _auto.rescale, _auto.notes

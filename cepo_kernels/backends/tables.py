@@ -43,7 +43,7 @@ LAUNCHES: tuple[tuple[int, int, dict[int, Threads]], ...] = (
 )
 
 # Which of "triton" and "cuda" was measured faster, by the backend's function ("forward", which decides for
-# its backward too, or "policy_loss") and the GPU's compute capability. Where nothing stands, triton runs.
+# its backward too, "policy_loss" or "divergence") and the GPU's compute capability. Where nothing stands, triton runs.
 FASTEST: dict[tuple[str, tuple[int, int]], str] = {}
 
 
@@ -51,3 +51,10 @@ def launch(vocabulary: int, dtype: torch.dtype, softcap: bool) -> Launch:
     """The launch for rows of ``vocabulary`` columns, the policy's logits being of ``dtype``."""
     block, threads = next((block, threads) for most, block, threads in LAUNCHES if vocabulary <= most)
     return Launch(block, UNROLL_CAPPED if softcap else UNROLL, *threads[dtype.itemsize])
+
+
+def pair_launch(vocabulary: int, dtype: torch.dtype, softcap: bool, top_k: bool) -> Launch:
+    """The launch of a divergence, whose later sweeps find both rows in the L2 if few enough are in flight."""
+    shape = launch(vocabulary, dtype, softcap or top_k)  # either leaves fewer registers to unroll with
+    wider = 4 if shape.block == 512 else 1
+    return shape._replace(block=wider * shape.block, warps=wider * shape.warps)

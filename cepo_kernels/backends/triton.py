@@ -12,8 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions
-from .tables import Launch, launch
+from ..rows import (
+    BackwardInputs,
+    DivergenceInputs,
+    DivergenceOutputs,
+    ForwardInputs,
+    ForwardOutputs,
+    LossInputs,
+    LossOutputs,
+    RowOptions,
+    top_k_threshold,
+)
+from . import native
+from .tables import Launch, launch, pair_launch
 
 RESCALE_BLOCK = 4096
 # A product and a sum become one operation only where a kernel says so. Left to itself, ptxas spills a predicate or two
@@ -99,6 +110,23 @@ def policy_loss(inputs: LossInputs, outputs: LossOutputs) -> None:
         )  # fmt: skip
 
 
+def divergence(inputs: DivergenceInputs, outputs: DivergenceOutputs) -> None:
+    student, options, gradient = inputs.student, inputs.options, outputs.gradient
+    vocabulary = student.shape[-1]
+    softcap = options.logit_softcap is not None
+    shape = pair_launch(vocabulary, student.dtype, softcap, inputs.top_k is not None)
+    values, numbers = _values(_shared(options), student.device)
+    kind = 3 if (inputs.kind, inputs.beta) == ("jsd", 0.5) else native.KINDS[inputs.kind]
+    with _current(student.device):
+        _divergence_kernels().divergence_kernel[(outputs.values.numel(),)](
+            student, inputs.teacher, inputs.weight, *top_k_threshold(student, inputs.top_k), _per_row(options), values,
+            outputs.values, gradient, *_strides(student), *_strides(inputs.teacher), *_strides(gradient),
+            student.shape[1], vocabulary, *numbers, inputs.beta, inputs.clip or 0.0,
+            KIND=kind, CLIP=inputs.clip is not None, SOFTCAP=softcap, BLOCK=shape.block, UNROLL=shape.unroll,
+            BACKWARD_BLOCK=2 * shape.block, **_compile_options(shape),
+        )  # fmt: skip
+
+
 def rescale(gradient: Tensor, factor: Tensor) -> None:
     """``gradient *= factor``, 0-d on the same device, without waiting for it; at 1 nothing is read."""
     size = gradient.numel()
@@ -118,6 +146,13 @@ def _loss_kernels() -> Any:
     from . import triton_policy_loss
 
     return triton_policy_loss
+
+
+@functools.cache
+def _divergence_kernels() -> Any:
+    from . import triton_divergence
+
+    return triton_divergence
 
 
 def _compile_options(shape: Launch) -> dict[str, Any]:

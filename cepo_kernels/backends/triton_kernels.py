@@ -193,6 +193,13 @@ def fill(into, vocabulary, value, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def cap_slope(raw, inner):
+    """1 - tanh^2 = 4 e / (1 + e)^2, e = exp(-2 |z|), to full relative precision."""
+    e = tl.exp2(tl.abs(raw * inner) * (-2.0 * LOG2E))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
 def write_gradient(
     into, source, vocabulary, label, unit, inner, g, h, at_label, top, total, complement, offset,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
@@ -221,9 +228,7 @@ def write_gradient(
             change = tl.fma(h, tl.fma(tl.maximum(t, VANISHED), LN2, offset), g)
         value = tl.where(columns == label, at_label, -(change * (tl.exp2(t) * factor))) * slope
         if SOFTCAP:
-            # 1 - tanh^2 = 4 e / (1 + e)^2, e = exp(-2 |z|), to full relative precision.
-            e = tl.exp2(tl.abs(raw * inner_high) * (-2.0 * LOG2E))
-            value *= 4.0 * e / ((1.0 + e) * (1.0 + e))
+            value *= cap_slope(raw, inner_high)
         tl.store(into + columns, value.to(into.dtype.element_ty), mask=inside)
 
 

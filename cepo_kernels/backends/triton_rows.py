@@ -30,7 +30,7 @@ VANISHED = tl.constexpr(-200.0)  # 2^-200 is 0 in float32; keeps -inf out of pro
 
 
 @triton.jit
-def _tanh(z):
+def tanh(z):
     """Within 1.2e-7 of tanh(z): an odd polynomial below 1, where 1 - 2 / (e^2z + 1) would cancel."""
     a = tl.abs(z)
     a2 = a * a
@@ -53,14 +53,20 @@ def units(raw, inner_high, inner_low, SOFTCAP: tl.constexpr):
     x = raw
     if SOFTCAP:
         finite = tl.maximum(x, LOWEST)  # -inf times a rounding error of 0 would be NaN
-        x = tl.where(x < float("inf"), _tanh(tl.fma(finite, inner_high, finite * inner_low)), x)
+        x = tl.where(x < float("inf"), tanh(tl.fma(finite, inner_high, finite * inner_low)), x)
     return x
 
 
 @triton.jit
+def chosen(x, columns, threshold, last):
+    """Whether logits are above the threshold, or equal it no later than in column ``last``."""
+    return (x > threshold) | ((x == threshold) & (columns <= last))
+
+
+@triton.jit
 def _load_all(
-    row, columns, vocabulary, label, inner_high, inner_low,
-    SOFTCAP: tl.constexpr, EDGE: tl.constexpr, UNROLL: tl.constexpr,
+    row, columns, vocabulary, label, inner_high, inner_low, order, pick,
+    SOFTCAP: tl.constexpr, EDGE: tl.constexpr, UNROLL: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
     """UNROLL columns of every lane, and the highest of their stored logits, which only a cap has a use for."""
     loaded = ()
@@ -70,6 +76,9 @@ def _load_all(
         if EDGE:
             raw = tl.load(row + of, mask=of < vocabulary).to(tl.float32)
             counts = (of < vocabulary) & (of != label)
+            if order is not None:
+                key = tl.load(order + of, mask=of < vocabulary, other=float("-inf")).to(tl.float32)
+                counts &= chosen(key, of, pick[0], pick[1]) == CHOSEN
             raw = tl.where(counts, raw, float("-inf"))
             x = tl.where(counts, units(raw, inner_high, inner_low, SOFTCAP), float("-inf"))
         else:
@@ -83,8 +92,8 @@ def _load_all(
 
 @triton.jit
 def _lanes(
-    row, vocabulary, label, k, inner_high, inner_low,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    row, vocabulary, label, k, inner_high, inner_low, order, pick,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
     """Per lane: maximum m; s = sum e; and for the entropy r = sum of the e below the maximum, n = how many are at it,
     u = sum (x - m) k e; highest is the stored logit behind m."""
@@ -98,10 +107,14 @@ def _lanes(
     for start in range(0, vocabulary, UNROLL * BLOCK):
         stop = start + UNROLL * BLOCK
         columns = start + lane
-        if (stop > vocabulary) | ((label >= start) & (label < stop)):
-            xs, high = _load_all(row, columns, vocabulary, label, inner_high, inner_low, SOFTCAP, True, UNROLL)
+        if (order is not None) | (stop > vocabulary) | ((label >= start) & (label < stop)):
+            xs, high = _load_all(
+                row, columns, vocabulary, label, inner_high, inner_low, order, pick, SOFTCAP, True, UNROLL, CHOSEN
+            )
         else:
-            xs, high = _load_all(row, columns, vocabulary, label, inner_high, inner_low, SOFTCAP, False, UNROLL)
+            xs, high = _load_all(
+                row, columns, vocabulary, label, inner_high, inner_low, None, pick, SOFTCAP, False, UNROLL, CHOSEN
+            )
         if SOFTCAP:
             highest = tl.maximum(highest, high)
         top = m
@@ -160,16 +173,20 @@ def _tanh64(x):
 def sums(
     row, vocabulary, label, unit, inner,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    order=None, pick=None, CHOSEN: tl.constexpr = True,
 ):  # fmt: skip
     """S, M, M in float64, and for the entropy R and -U / S in nats. Nothing is read where the label is negative.
 
-    M is +inf where a column other than the label's is +inf or NaN.
+    M is +inf where a column other than the label's is +inf or NaN. With ``order``, another row, only columns that are,
+    or are not, `chosen` by it and ``pick`` count.
     """
     k = (unit * LOG2E).to(tl.float32)
     inner_high = inner.to(tl.float32)
     inner_low = (inner - inner_high.to(tl.float64)).to(tl.float32)
     columns = tl.where(label >= 0, vocabulary, 0)
-    m, s, r, n, u, highest = _lanes(row, columns, label, k, inner_high, inner_low, SOFTCAP, ENTROPY, BLOCK, UNROLL)
+    m, s, r, n, u, highest = _lanes(
+        row, columns, label, k, inner_high, inner_low, order, pick, SOFTCAP, ENTROPY, BLOCK, UNROLL, CHOSEN
+    )
     top = tl.max(tl.where(s == s, m, float("inf")), 0)
     factor = tl.exp2((m - top) * k)
     # The lane at the top holds 1 or more: 2^-34 is small enough a unit, and large enough for 2^28 columns.

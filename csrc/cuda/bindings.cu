@@ -51,6 +51,15 @@ void policy_loss(int64_t rows, int64_t inner, int64_t vocabulary, const py::tupl
     check(cepo::cuda::policy_loss(l, rows, cepo::at<const double>(values), kind, shared_limit, stream_at(stream)));
 }
 
+// `thresholds`, `equals`: see launch.h.
+void divergence(int64_t rows, int64_t inner, int64_t vocabulary, const py::tuple& call, uintptr_t thresholds,
+                uintptr_t equals, uintptr_t values, uintptr_t stream) {
+    const cepo::Divergence d = cepo::divergence_of(inner, vocabulary, call);
+    py::gil_scoped_release release;
+    check(cepo::cuda::divergence(d, rows, cepo::at<const float>(thresholds), cepo::at<const int>(equals),
+                                 cepo::at<const double>(values), stream_at(stream)));
+}
+
 void rescale(uintptr_t data, int dtype, int64_t size, uintptr_t factor, uintptr_t stream) {
     check(cepo::cuda::rescale(cepo::at<void>(data), static_cast<cepo::Dtype>(dtype), size,
                               cepo::at<const float>(factor), stream_at(stream)));
@@ -120,6 +129,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("forward", &forward);
     m.def("backward", &backward);
     m.def("policy_loss", &policy_loss);
+    m.def("divergence", &divergence);
     m.def("rescale", &rescale);
     m.def("plain_read", &plain_read);
     m.def("stream31", &stream31);

@@ -27,6 +27,11 @@ int best_cluster(const PolicyLoss& call, int64_t rows, int64_t shared_limit);
 cudaError_t cluster_policy_loss(const PolicyLoss& call, int64_t rows, const double* values, int blocks,
                                 cudaStream_t stream);
 
+// With a top_k, `thresholds` has each row's top_k-th largest student logit, and `equals` how many of those that equal
+// it are among the top_k; else null. The call's own top_k says nothing.
+cudaError_t divergence(const Divergence& call, int64_t rows, const float* thresholds, const int* equals,
+                       const double* values, cudaStream_t stream);
+
 // `size` values, 16-byte aligned, times `factor` on the device.
 cudaError_t rescale(void* data, Dtype dtype, int64_t size, const float* factor, cudaStream_t stream);
 
