@@ -108,11 +108,23 @@ def test_it_is_the_formula(backend, dtype, terms, surrogate):
 )
 def test_options(backend, options):
     tensors, rows = inputs()
-    tensors = (*tensors[:3], tensors[3].clamp(min=0), tensors[4])
+    labels = tensors[3].clamp(min=0).index_fill(0, torch.tensor([2, 5]), 3)
+    tensors = (*tensors[:3], labels, tensors[4])
     loss, _, _, gradient = expected(tensors, **options, **rows)
     out, got = run(backend, tensors, **options, **rows)
     assert out.loss.item() == pytest.approx(loss, rel=1e-5, abs=1e-6)
     oracle.assert_gradient(got, gradient, torch.float32, 3e-5)
+
+
+def test_coefficients_may_be_tensors(backend):
+    tensors, rows = inputs()
+    numbers = {"kl_coef": 0.3, "entropy_coef": -0.05}
+    out, gradient = run(backend, tensors, **numbers, **rows)
+    again, got = run(
+        backend, tensors, **{name: torch.full((), x, dtype=torch.float64) for name, x in numbers.items()}, **rows
+    )
+    oracle.assert_same_bits(again.loss, out.loss, "loss")
+    oracle.assert_same_bits(got, gradient, "gradient")
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 33, 4095, 4097, 50_257])
