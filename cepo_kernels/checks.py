@@ -65,6 +65,11 @@ def check_labels(labels: Tensor) -> None:
         raise TypeError(f"labels: expected int32 or int64, got {labels.dtype}")
 
 
+def check_ignore_index(ignore_index: int) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+
+
 def check_row_values(name: str, value: Tensor | None, labels: Tensor, *, boolean: bool = False) -> None:
     """One value per row: 0-d, or as many dimensions as the labels, each 1 or equal."""
     if value is None:
@@ -76,6 +81,7 @@ def check_row_values(name: str, value: Tensor | None, labels: Tensor, *, boolean
     if not boolean and not value.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
     if value.ndim == 0:
+        _near(name, value, labels)
         return
     _same_device(name, value, labels)
     shape = tuple(labels.shape)
@@ -88,8 +94,8 @@ def check_row_values(name: str, value: Tensor | None, labels: Tensor, *, boolean
         )
 
 
-def scalar(name: str, value: float | Tensor) -> Tensor:
-    """A number or 0-d tensor as a 0-d tensor.
+def scalar(name: str, value: float | Tensor, labels: Tensor | None = None) -> Tensor:
+    """A number or 0-d tensor, on the CPU or the labels' device, as a 0-d tensor.
 
     The addition is what lets `torch.compile` take a Python float as an input of the graph: a schedule of fifty values
     compiles once, where a constant would compile fifty times.
@@ -97,6 +103,7 @@ def scalar(name: str, value: float | Tensor) -> Tensor:
     if isinstance(value, Tensor):
         if value.ndim != 0:
             raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        _near(name, value, labels)
         return value.detach()
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(value).__name__}")
@@ -114,8 +121,8 @@ def row_options(
         temperature = temperature.detach()
     else:
         temperature = scalar("temperature", temperature)
-    cap = None if logit_softcap is None else scalar("logit_softcap", logit_softcap)
-    return temperature, scalar("logit_scale", logit_scale), cap
+    cap = None if logit_softcap is None else scalar("logit_softcap", logit_softcap, labels)
+    return temperature, scalar("logit_scale", logit_scale, labels), cap
 
 
 def check_hidden(name: str, hidden: Tensor, labels: Tensor, weight: Tensor, rows: str = "labels") -> None:
@@ -278,3 +285,11 @@ def _within(name: str, value: Tensor, expected: str, holds: object) -> None:
 def _same_device(name: str, tensor: Tensor, other: Tensor, others: str = "labels") -> None:
     if tensor.device != other.device:
         raise ValueError(f"{name}: expected device {other.device} as {others} have, got {tensor.device}")
+
+
+def _near(name: str, value: Tensor, labels: Tensor | None) -> None:
+    """A 0-d tensor may stay on the CPU, and without labels on any device whose values can be read."""
+    if value.device.type == "cpu" or (value.device.type != "meta" if labels is None else value.device == labels.device):
+        return
+    where = "cpu" if labels is None or labels.device.type == "cpu" else f"cpu or {labels.device}"
+    raise ValueError(f"{name}: expected a 0-d tensor on {where}, got one on {value.device}")

@@ -161,14 +161,15 @@ def row_arguments(
     return_entropy: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The forward ops' arguments from ``labels`` to ``return_entropy``, checked, detached, numbers as 0-d tensors."""
+    checks.check_ignore_index(ignore_index)
     checks.check_row_values("advantages", advantages, labels)
     checks.check_row_values("negative_mask", negative_mask, labels, boolean=True)
     temperature, logit_scale, logit_softcap = checks.row_options(labels, temperature, logit_scale, logit_softcap)
     return {
         "labels": labels, "advantages": None if advantages is None else advantages.detach(),
-        "negative_mask": negative_mask, "lam": checks.scalar("lam", lam), "eps_w": checks.scalar("eps_w", eps_w),
-        "temperature": temperature, "logit_scale": logit_scale, "logit_softcap": logit_softcap,
-        "ignore_index": ignore_index, "return_entropy": return_entropy,
+        "negative_mask": negative_mask, "lam": checks.scalar("lam", lam, labels),
+        "eps_w": checks.scalar("eps_w", eps_w, labels), "temperature": temperature, "logit_scale": logit_scale,
+        "logit_softcap": logit_softcap, "ignore_index": ignore_index, "return_entropy": return_entropy,
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ _ARGUMENTS = (
 _OUTPUTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
 ops.library.define(f"policy_loss(Tensor policy, {_ARGUMENTS}, bool with_gradient, str backend) -> ({_OUTPUTS})")
 ops.library.define(f"policy_loss_(Tensor(a!) policy, {_ARGUMENTS}, str backend) -> ({_OUTPUTS})")
+_DENOMINATOR = 14  # among the arguments after the policy
 policy_loss = torch.ops.cepo_kernels.policy_loss.default
 policy_loss_ = torch.ops.cepo_kernels.policy_loss_.default
 
@@ -46,6 +47,24 @@ def total(losses: Tensor, denominator: Tensor) -> Tensor:
     return (losses.sum(dtype=torch.float64) / denominator.to(losses.device, torch.float64)).to(losses.dtype)
 
 
+def _kernels_part(policy: Tensor, denominator: Tensor) -> Tensor:
+    """What a kernel divides by: all of the denominator; in float16 all but a power of two, left to the backward.
+
+    A float16 gradient over thousands of rows would be 0 before GradScaler's factor arrives. Like that factor, a power
+    of two rounds nothing but subnormals.
+    """
+    return 2.0 * torch.frexp(denominator.double()).mantissa if policy.dtype == torch.float16 else denominator
+
+
+def _backwards_part(policy: Tensor, denominator: Tensor) -> Tensor | None:
+    """The factor that the kernel left out of the gradient; None for 1."""
+    return _kernels_part(policy, denominator) / denominator if policy.dtype == torch.float16 else None
+
+
+def _scaled(upstream: Tensor, factor: Tensor | None) -> Tensor:
+    return upstream if factor is None else (upstream * factor).to(upstream.dtype)
+
+
 def _run(policy: Tensor, arguments: tuple[Any, ...], in_place: bool, with_gradient: bool) -> tuple[Tensor, ...]:
     (
         positive, negative, labels, advantages, old_logprobs, token_weight, ref_logprobs, negative_mask, lam, eps_w,
@@ -61,7 +80,7 @@ def _run(policy: Tensor, arguments: tuple[Any, ...], in_place: bool, with_gradie
     old_logprobs = row_values(old_logprobs, labels.shape, dtype)
     token_weight = row_values(token_weight, labels.shape, dtype)
     ref_logprobs = row_values(ref_logprobs, labels.shape, dtype)
-    numbers = (clip_low, clip_high, kl_coef, entropy_coef, denominator)
+    numbers = (clip_low, clip_high, kl_coef, entropy_coef, _kernels_part(policy, denominator))
     options = RowOptions(temperature, logit_scale, logit_softcap, ignore_index)
     if labels.numel():
         for rows, inputs, (gradient_rows,) in ops.forward_inputs(
@@ -120,14 +139,15 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, policy: Tensor, in_place: bool, *arguments: Any) -> tuple[Tensor, ...]:
         *rest, backend = arguments
-        ctx.backend = backend
         detached = policy.detach()
+        ctx.backend, ctx.factor = backend, _backwards_part(detached, rest[_DENOMINATOR])
         if in_place:
             output = policy_loss_(detached, *rest, backend)
             ctx.gradient = detached
         else:
             output = policy_loss(detached, *rest, True, backend)
             ctx.gradient = output[3]
+        ctx.version = ctx.gradient._version
         loss, ratio, clipped, _, *others = output
         absent = loss.new_empty(0)
         ctx.mark_non_differentiable(ratio, clipped, absent, *others)
@@ -140,17 +160,27 @@ class Fused(torch.autograd.Function):
         if ctx.gradient is None:
             raise RuntimeError("contrastive_policy_loss: the first backward took the gradient; compute the loss again")
         gradient, ctx.gradient = ctx.gradient, None
-        return None if upstream is None else rescaled(gradient, upstream, ctx.backend), *(None,) * 23
+        if gradient._version != ctx.version:
+            raise RuntimeError(
+                "contrastive_policy_loss: policy_logits, where inplace_grad keeps the gradient, were modified by an "
+                f"inplace operation: at version {gradient._version}, expected version {ctx.version}"
+            )
+        if upstream is None:
+            return (None,) * 24
+        return rescaled(gradient, _scaled(upstream, ctx.factor), ctx.backend), *(None,) * 23
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[3])
+    ctx.save_for_backward(output[3], inputs[1 + _DENOMINATOR])
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return None if upstream is None else (gradient * upstream).to(gradient.dtype), *(None,) * 23
+    gradient, denominator = ctx.saved_tensors
+    if upstream is None:
+        return (None,) * 24
+    factor = _scaled(upstream, _backwards_part(gradient, denominator))
+    return (gradient.to(factor.dtype) * factor).to(gradient.dtype), *(None,) * 23
 
 
 ops.library.impl("policy_loss", _policy_loss, "CompositeExplicitAutograd")

@@ -80,6 +80,7 @@ def contrastive_policy_loss(
         kl_coef, entropy_coef: numbers or 0-d tensors.
         denominator: number or 0-d tensor above 0; None: the number of rows that are not ignored, at least 1.
         inplace_grad: write the gradient over ``policy_logits``, already in the forward: nobody may read them after.
+            Under `torch.compile`, which plans memory itself, it has no effect.
 
     Returns:
         `PolicyLoss`, float32 (float64 if any logits are).
@@ -124,6 +125,7 @@ def loss_arguments(
 ) -> dict[str, Any]:  # fmt: skip
     """The loss ops' arguments from ``labels`` to ``with_entropy``, checked, detached, numbers as 0-d tensors."""
     checks.check_surrogate(surrogate, SURROGATES)
+    checks.check_ignore_index(ignore_index)
     if advantages is None:
         raise TypeError("advantages: expected a tensor, got None")
     per_row = {"advantages": advantages, "old_logprobs": old_logprobs, "token_weight": token_weight,
@@ -148,7 +150,7 @@ def loss_arguments(
     return {
         "labels": labels, "advantages": advantages.detach(), "old_logprobs": detached(old_logprobs),
         "token_weight": detached(token_weight), "ref_logprobs": detached(ref_logprobs) if has_kl else None,
-        "negative_mask": negative_mask, **{name: checks.scalar(name, value) for name, value in numbers.items()},
+        "negative_mask": negative_mask, **{name: checks.scalar(name, x, labels) for name, x in numbers.items()},
         "temperature": temperature, "logit_scale": logit_scale, "logit_softcap": logit_softcap,
         "ignore_index": ignore_index, "surrogate": surrogate, "with_entropy": return_entropy or has_entropy,
     }  # fmt: skip

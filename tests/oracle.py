@@ -260,11 +260,13 @@ def assert_forward(got: Any, want: Expected, but: tuple[str, ...] = ()) -> None:
             assert_close(value, expected, relative, absolute, name=name)
 
 
-def assert_gradient(got: Tensor, want: Gradient, dtype: torch.dtype, relative: float = RELATIVE) -> None:
-    """Within ``relative`` of the magnitudes it is made of, then rounded once to ``dtype``."""
+def assert_gradient(
+    got: Tensor, want: Gradient, dtype: torch.dtype, relative: float = RELATIVE, roundings: int = 1
+) -> None:
+    """Within ``relative`` of its terms' magnitudes, then rounded once to ``dtype``, subnormals ``roundings`` times."""
     assert got.dtype == dtype
     allowed = relative * want.magnitude + UNIT_ROUNDOFF[dtype] * np.abs(want.value) * (1 + 2 * relative)
-    allowed = allowed + HALF_SUBNORMAL[dtype] + 1e-33  # p = 1e-30 is where the contract's range ends
+    allowed = allowed + HALF_SUBNORMAL[dtype] * roundings + 1e-33  # p = 1e-30 is where the contract's range ends
     largest = torch.finfo(dtype).max
     clipped = np.where(np.abs(want.value) > largest, np.copysign(np.inf, want.value), want.value)
     assert_close(got, clipped, 0.0, allowed, name="gradient")

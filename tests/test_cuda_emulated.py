@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 
 import cuda_emulated
 import oracle
 import pytest
+import test_policy_loss
 import torch
 
 import cepo_kernels
@@ -58,14 +60,21 @@ def check(policy, positive, negative, labels, advantages=None, upstream=(0.7, -0
 def loss(kernel, policy, positive, negative, labels, advantages, values=False, in_place=False, **options):
     """`contrastive_policy_loss` by one kernel, everything it returns by name."""
     cuda_emulated.KNOWN["emulated:one"] = cuda_emulated.Emulated(kernel, values)
-    leaf = policy.clone().requires_grad_()
+    leaf = policy.detach().requires_grad_()
     got = cepo_kernels.contrastive_policy_loss(
-        leaf.clone() if in_place else leaf, positive, negative, labels, advantages, inplace_grad=in_place,
+        _in_its_place(leaf) if in_place else leaf, positive, negative, labels, advantages, inplace_grad=in_place,
         backend="emulated:one", **options,
     )  # fmt: skip
     got.loss.backward()
     credit = {name: value for name, value in got.credit._asdict().items() if value is not None}
     return {"loss": got.loss, "ratio": got.ratio, "clipped": got.clipped.float(), "gradient": leaf.grad, **credit}
+
+
+def _in_its_place(leaf):
+    """A copy with the strides and start of ``leaf``."""
+    whole = leaf.detach().new_empty(leaf.untyped_storage().nbytes() // leaf.element_size())
+    view = whole.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
+    return view.copy_(leaf)
 
 
 def assert_same(got, want, names=()):
@@ -174,6 +183,20 @@ def test_every_kernel_has_the_same_bits(dtype, order):
         oracle.assert_same_bits(want[name].detach()[live], getattr(plain, name)[live], name)
 
 
+@pytest.mark.parametrize("kernel", ["streaming", "cluster4"])
+@pytest.mark.parametrize("surrogate", test_policy_loss.SURROGATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_is_the_formula(kernel, surrogate, dtype):
+    tensors, rows = test_policy_loss.inputs(dtype, 1000)
+    options = {"surrogate": surrogate, "kl_coef": 0.3, "entropy_coef": -0.05, **rows}
+    want, ratio, clipped, gradient = test_policy_loss.expected(tensors, **options)
+    got = loss(kernel, *tensors, **options)
+    assert got["loss"].item() == pytest.approx(want, rel=1e-5, abs=1e-6)
+    oracle.assert_close(got["ratio"], ratio, 1e-5, name="ratio")
+    assert got["clipped"].tolist() == clipped.tolist()
+    oracle.assert_gradient(got["gradient"], gradient, dtype, 3e-5)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("options", [{}, {"logit_softcap": 9.0}, {"surrogate": "cispo", "entropy_coef": 0.3}],
                          ids=str)  # fmt: skip
@@ -220,6 +243,46 @@ def test_a_cluster_is_refused_where_rows_do_not_start_at_16_bytes():
     with pytest.raises(ValueError, match="cluster4"):
         loss("fastest", *case(1000, torch.bfloat16))
     assert_same(loss("auto", *case(1001, torch.bfloat16)), loss("streaming", *case(1001, torch.bfloat16)))
+
+
+@pytest.mark.parametrize(("shape", "strides", "start"), [((6, 1), (1008, 0), 4), ((6, 1), (1012, 0), 0),
+                                                         ((3, 2), (2 * 1008 + 4, 1008), 0), ((2, 3), (4096, 1012), 0)],
+                         ids=["start", "rows", "outer", "inner"])  # fmt: skip
+def test_a_cluster_is_refused_where_a_view_starts_elsewhere(shape, strides, start):
+    """Rows are whole 16 bytes, so that nothing but where they start, or how far apart, is in the way."""
+    policy, positive, negative, labels, advantages = case(1000, torch.bfloat16)
+    memory = torch.zeros(16384, dtype=torch.bfloat16)
+    assert memory.data_ptr() % 16 == 0
+    view = memory.as_strided((*shape, 1000), (*strides, 1), start).copy_(policy.view(*shape, 1000))
+    tensors = [view, *(x.view(*shape, *x.shape[1:]) for x in (positive, negative, labels, advantages))]
+    for kernel in ("cluster", "cluster4"):
+        with pytest.raises(RuntimeError, match="invalid argument"):
+            loss(kernel, *tensors, in_place=True)
+    got, want = loss("auto", *tensors, in_place=True), loss("streaming", policy, positive, negative, labels, advantages)
+    for name in RESULTS:
+        oracle.assert_same_bits(got[name].detach().reshape(want[name].shape), want[name].detach(), name)
+
+
+@pytest.mark.parametrize("kernel", ["streaming", "cluster4"])
+def test_rows_lie_beyond_2_to_the_31_columns(kernel):
+    """Four GiB, of which the rows alone are ever touched."""
+    tensors = case(1000, torch.bfloat16, 2)
+    backend, apart = cuda_emulated.Emulated(kernel), 2**31 + 64
+    whole = mmap.mmap(-1, 2 * apart + 2**16, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(whole, dtype=torch.bfloat16)
+    far = [memory.as_strided((2, 1000), (apart, 1), 1024 * i).copy_(x) for i, x in enumerate(tensors[:3])]
+    labels, advantages = torch.tensor([5, 999]), torch.ones(2)
+    found, want = (cuda_emulated.raw_forward(*x, labels, advantages) for x in (far, tensors[:3]))
+    for name, value in want._asdict().items():
+        oracle.assert_same_bits(getattr(found, name), value, name)
+    want_loss = cuda_emulated.raw_loss(backend, *tensors[:3], labels, advantages)
+    want_gradient = cuda_emulated.raw_backward(tensors[0], labels, 0.7, 0.1, want, torch.empty_like(tensors[0]))
+    gradient = memory.as_strided((2, 1000), (apart, 1), 1024 * 3)
+    gradient = cuda_emulated.raw_backward(far[0], labels, 0.7, 0.1, found, gradient)
+    oracle.assert_same_bits(gradient, want_gradient, "gradient")
+    got_loss = cuda_emulated.raw_loss(backend, *far, labels, advantages, far[0])
+    oracle.assert_same_bits(far[0], want_loss["gradient"][0], "gradient of the loss")
+    oracle.assert_same_bits(got_loss["losses"], want_loss["losses"], "losses")
 
 
 @pytest.mark.parametrize(("shared_limit", "fits"), [(0, False), (8 * 1024, False), (20 * 1024, True)])

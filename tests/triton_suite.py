@@ -17,7 +17,7 @@ import torch
 import cepo_kernels
 from cepo_kernels import backends
 from cepo_kernels.backends import triton as backend
-from cepo_kernels.rows import BackwardInputs, ForwardInputs, ForwardOutputs, RowOptions
+from cepo_kernels.rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -244,6 +244,58 @@ def test_options_that_live_on_the_device_give_the_same_bits():
     for name in NAMES:
         oracle.assert_same_bits(getattr(got, name), getattr(want, name), name)
     oracle.assert_same_bits(got_gradient, want_gradient, "gradient")
+
+
+@pytest.mark.parametrize("surrogate", ["ppo", "cispo"])
+def test_a_loss_whose_numbers_live_on_the_device_has_the_same_bits(surrogate):
+    """As on a GPU, where the default denominator is counted there."""
+    logits, labels = [rows(4, 700, seed) for seed in (1, 2, 3)], torch.tensor([1, 2, -100, 3])
+    advantages, near = torch.tensor([1.0, -1.0, 0.5, 0.0]), torch.full((4,), -7.0)
+    options = {"lam": 0.3, "eps_w": 0.2, "logit_scale": 1.5, "logit_softcap": 20.0, "temperature": 0.8,
+               "clip_low": 0.1, "clip_high": 0.4, "kl_coef": 0.2, "entropy_coef": 0.03,
+               "surrogate": surrogate, "old_logprobs": near, "ref_logprobs": near + 0.5}  # fmt: skip
+
+    def run():
+        leaf = oracle.place("triton", logits[0]).requires_grad_()
+        others = [oracle.place("triton", x) for x in (*logits[1:], labels, advantages)]
+        given = {name: oracle.place("triton", x) for name, x in options.items()}
+        out = cepo_kernels.contrastive_policy_loss(leaf, *others, backend="triton", **given)
+        out.loss.backward()
+        return {"loss": out.loss, "ratio": out.ratio, "clipped": out.clipped.float(), "gradient": leaf.grad}
+
+    def on_the_host(scalars, device):
+        return None, [float(x) for x in scalars]
+
+    def on_the_device(scalars, device):
+        return torch.tensor([float(x) for x in scalars], dtype=torch.float64, device=device), [NAN] * len(scalars)
+
+    results = []
+    for numbers in (on_the_host, on_the_device):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "_values", numbers)
+            results.append(run())
+    for name, want in results[0].items():
+        oracle.assert_same_bits(results[1][name], want, name)
+
+
+@pytest.mark.parametrize("label", [-1, 500, 2**31 + 7, -(2**40)])
+def test_a_label_outside_the_vocabulary_makes_its_row_of_a_loss_nan(label):
+    logits, labels = rows(2, 500, 1).to(DEVICE)[None], torch.tensor([3, label], device=DEVICE)
+    one = torch.ones((), dtype=torch.float64)
+
+    def empty(*shape):
+        return torch.empty(shape, device=DEVICE)
+
+    options = RowOptions(one, one, None, -100)
+    given = ForwardInputs(logits, logits, None, labels, torch.ones(2, device=DEVICE), None, one, one * 0.5, options)
+    made = ForwardOutputs(*(empty(2) for _ in range(7)), empty(0))
+    clipped = torch.empty(2, dtype=torch.bool, device=DEVICE)
+    outputs = LossOutputs(made, empty(2), empty(2), clipped, empty(1, 2, 500))
+    backend.policy_loss(LossInputs(given, None, None, None, "ppo", (one, one, 0 * one, 0 * one, one)), outputs)
+    for name in ("losses", "ratio"):
+        assert torch.isnan(getattr(outputs, name)).tolist() == [False, True], name
+    assert torch.isnan(made.logprobs).tolist() == [False, True]
+    assert torch.isnan(outputs.gradient[0]).all(1).tolist() == [False, True]
 
 
 def test_auto_never_interprets():
