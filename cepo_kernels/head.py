@@ -34,10 +34,13 @@ class LogprobHead(nn.Linear):
         policy_loss: bool = False,
         **options: Any,
     ) -> Tensor | TokenLogprobs | ContrastiveLogprobs | PolicyLoss:
+        given = (positive_hidden, negative_hidden, advantages, policy_loss or None, *options.values())
         if labels is None:
-            if positive_hidden is not None or negative_hidden is not None or advantages is not None or policy_loss:
+            if any(value is not None for value in given):
                 raise ValueError("labels: expected a tensor, got None")
             return super().forward(input)
+        if "lm_head_bias" in options:
+            raise TypeError("lm_head_bias: expected none, as the head has its own")
         options["lm_head_bias"] = self.bias
         if policy_loss:
             return linear_contrastive_policy_loss(
@@ -63,11 +66,22 @@ def use_logprob_head(model: Any) -> LogprobHead:
 
     Raises:
         TypeError: the model has no output embeddings, or they are no plain linear layer (LoRA on the head, a quantised
-            or an already sharded one): their output is not what the weight alone says.
+            or an already sharded one), or the model scales or caps what they say.
     """
     head = _head(model)
     if type(head) is LogprobHead:
         return head
+    if "forward" in vars(head):
+        raise TypeError("model: expected output embeddings with their class's forward, got one that was replaced")
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise TypeError(
+                f"model: expected one whose logits are its head's output, got {name} = {getattr(config, name)}; call "
+                "linear_token_logprobs with logit_scale or logit_softcap"
+            )
     if type(head) is not nn.Linear:
         why = "; merge or leave out the adapter of the head" if hasattr(head, "base_layer") else ""
         why = "; call this before fully_shard" if type(head).__name__.startswith("FSDP") else why

@@ -151,7 +151,13 @@ def linear_contrastive_policy_loss(
             entropy_coef, denominator, negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index,
             return_entropy,
         )  # fmt: skip
-        meeting.bring([*contexts, weight, bias], weight.shape[0], logits_dtype=logits_dtype, **arguments)
+        meeting.bring(
+            [*contexts, weight, bias],
+            weight.shape[0],
+            hidden_size=weight.shape[1],
+            logits_dtype=logits_dtype,
+            **arguments,
+        )
     policy, positive, negative = contexts
     weight, bias = meeting.true(weight, 0), meeting.true(bias)
     needs = [_needs(x) for x in (policy, weight, bias)]
@@ -180,7 +186,13 @@ def _forward(
             labels, advantages, negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index,
             return_entropy,
         )  # fmt: skip
-        meeting.bring([*contexts, weight, bias], weight.shape[0], logits_dtype=logits_dtype, **arguments)
+        meeting.bring(
+            [*contexts, weight, bias],
+            weight.shape[0],
+            hidden_size=weight.shape[1],
+            logits_dtype=logits_dtype,
+            **arguments,
+        )
     policy, positive, negative = contexts
     weight, bias = meeting.true(weight, 0), meeting.true(bias)
     keep = linear_ops.NOTHING

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, ops
-from .linear_products import Gradients, Head, Products, result_dtype
-from .loss_ops import loss_buffers, returned, total
+from .linear_products import Gradients, Head, Products, kept_dtype, result_dtype
+from .loss_ops import backwards_part, kernels_part, loss_buffers, returned, scaled, total
 from .rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions, row_values
 
 NOTHING, SLOPES, LOGITS = "nothing", "slopes", "logits"  # what a forward keeps for its backward
@@ -221,7 +221,8 @@ def _policy_loss(
                 options, outputs.forward, logits_dtype, backend)  # fmt: skip
     gradients = Gradients(call.products, call.policy, needs)
     per_row = [row_values(x, labels.shape, outputs.losses.dtype) for x in (old_logprobs, token_weight, ref_logprobs)]
-    numbers = (clip_low, clip_high, kl_coef, entropy_coef, denominator)
+    dtype = _narrowest(policy, weight, logits_dtype)
+    numbers = (clip_low, clip_high, kl_coef, entropy_coef, kernels_part(dtype, denominator))
     assert call.advantages is not None
     acts = (call.advantages != 0) | (kl_coef != 0).to(labels.device) | (entropy_coef != 0).to(labels.device)
     for rows, inputs in call.chunks(_chosen((call.labels != ignore_index) & acts)):
@@ -239,9 +240,11 @@ def _policy_loss(
             whole.view(-1)[rows] = values
         if gradient is not None:
             flat = gradient[0]
-            # A clipped row of the PPO surrogate has no gradient unless a KL or entropy term gives it one.
-            if surrogate == "ppo" and _is_zero(kl_coef, entropy_coef):
-                moved = _chosen(~clipped)
+            # Rows of weight 0 and the PPO surrogate's clipped ones have no gradient but of a KL or entropy term.
+            still = clipped if surrogate == "ppo" else torch.zeros_like(clipped)
+            still = still if weights is None else still | (weights == 0)
+            if _is_zero(kl_coef, entropy_coef):
+                moved = _chosen(~still)
                 if moved.numel() < rows.numel():
                     rows, flat = rows[moved], flat[moved]
             if rows.numel():
@@ -251,6 +254,11 @@ def _policy_loss(
     loss = total(outputs.losses, denominator)
     loss, ratio, clipped, _, *of_forward = returned(loss, outputs, outputs.losses)
     return loss, ratio, clipped, grad_hidden, grad_weight, grad_bias, *of_forward
+
+
+def _narrowest(policy: Tensor, weight: Tensor, logits_dtype: torch.dtype | None) -> torch.dtype:
+    """float16, whose range a gradient may leave, where a product has it."""
+    return torch.float16 if torch.float16 in (policy.dtype, weight.dtype, logits_dtype) else policy.dtype
 
 
 def _is_zero(*values: Tensor) -> bool:
@@ -282,6 +290,7 @@ ops.library.define(
     f"Tensor kl_coef, Tensor entropy_coef, Tensor denominator, {ops.OPTIONS}, str surrogate, bool with_entropy, "
     f"bool[] needs, ScalarType? logits_dtype, str backend) -> ({_TENSORS}, Tensor, Tensor, Tensor)"
 )
+_DENOMINATOR = 17
 linear_forward = torch.ops.cepo_kernels.linear_forward.default
 linear_grad = torch.ops.cepo_kernels.linear_grad.default
 linear_policy_loss = torch.ops.cepo_kernels.linear_policy_loss.default
@@ -292,9 +301,9 @@ def _empty_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     nothing = policy.new_empty(0)
     return (
-        torch.empty_like(policy, memory_format=torch.contiguous_format) if needs[0] else nothing,
-        weight.new_empty(weight.shape) if needs[1] else nothing,
-        weight.new_empty(0) if bias is None or not needs[2] else bias.new_empty(bias.shape),
+        policy.new_empty(policy.shape, dtype=kept_dtype(policy)) if needs[0] else nothing,
+        weight.new_empty(weight.shape, dtype=kept_dtype(weight)) if needs[1] else nothing,
+        weight.new_empty(0) if bias is None or not needs[2] else bias.new_empty(bias.shape, dtype=kept_dtype(bias)),
     )
 
 
@@ -311,6 +320,12 @@ def _fake_policy_loss(
     outputs = _loss_buffers(policy, positive, negative, weight, labels, advantages, with_entropy, logits_dtype)
     loss, ratio, clipped, _, *of_forward = returned(outputs.losses.new_empty(()), outputs, outputs.losses)
     return loss, ratio, clipped, *_empty_gradients(policy, weight, bias, needs), *of_forward
+
+
+def _refuse_create_graph(*grads: Tensor | None) -> None:
+    """Unless torch.compile traces the backward, with autograd on and no real tensors."""
+    if any(type(grad) is Tensor for grad in grads):
+        ops.refuse_create_graph()
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -331,6 +346,7 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _backward_forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    _refuse_create_graph(*grads)
     outputs = ForwardOutputs(*grads[:8])  # type: ignore[arg-type]
     grad_hidden: Tensor | None = None
     grad_weight: Tensor | None = None
@@ -352,20 +368,29 @@ def _backward_forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, .
             policy, weight, bias, labels, upstream[0], upstream[1] if entropy.numel() else None, logprobs, entropy,
             stats, kept, *options, ctx.ignore_index, needs, ctx.logits_dtype, ctx.backend,
         )  # fmt: skip
-        grad_hidden, grad_weight, grad_bias = (x if wanted else None for x, wanted in zip(found, needs, strict=True))
+        grad_hidden, grad_weight, grad_bias = (
+            x.to(like.dtype) if wanted else None
+            for x, like, wanted in zip(found, (policy, weight, bias), needs, strict=True)
+        )
     return grad_hidden, None, None, grad_weight, grad_bias, *(None,) * 13
 
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.needs = inputs[-3]
-    ctx.save_for_backward(*output[3:6])
+    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], *inputs[3:5])]
+    ctx.narrowest = _narrowest(inputs[0], inputs[3], inputs[-2])
+    ctx.save_for_backward(*output[3:6], inputs[_DENOMINATOR])
 
 
 def _backward_loss(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    _refuse_create_graph(upstream)
+    *gradients, denominator = ctx.saved_tensors
+    if upstream is not None:
+        upstream = scaled(upstream, backwards_part(ctx.narrowest, denominator))
     hidden, weight, bias = (
-        (gradient * upstream).to(gradient.dtype) if wanted and upstream is not None else None
-        for gradient, wanted in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        (gradient * upstream).to(dtype) if wanted and upstream is not None else None
+        for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.needs, strict=True)
     )
     return hidden, None, None, weight, bias, *(None,) * 22
 

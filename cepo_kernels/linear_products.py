@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .backends.sharded import Sharded
 
 LOGITS_BYTES = 256 << 20  # of a chunk's logits, all contexts together
+LEAST_ROWS = 16  # of a chunk, however many columns there are
 TILE_BYTES = 64 << 20  # of the head's rows that are upcast at a time, where they must be
 
 
@@ -42,7 +43,7 @@ def result_dtype(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | Non
 
 def chunk_rows(contexts: int, vocabulary: int, dtype: torch.dtype) -> int:
     """Rows of a chunk whose ``contexts`` together fit into LOGITS_BYTES."""
-    return max(16, LOGITS_BYTES // (contexts * max(1, vocabulary) * dtype.itemsize))
+    return max(LEAST_ROWS, LOGITS_BYTES // (contexts * max(1, vocabulary) * dtype.itemsize))
 
 
 class Products:
@@ -96,12 +97,17 @@ class Products:
         self._add(into, logits_gradient.to(self.operand).t(), hidden.to(self.operand))
 
 
+def kept_dtype(tensor: Tensor) -> torch.dtype:
+    """Of a tensor's gradient until a backward takes it: float16 would lose it before a loss scale arrives."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
 class Gradients:
     """The gradients that a call needs, summed in float32 over chunks of rows."""
 
     def __init__(self, products: Products, hidden: Tensor, needs: list[bool]) -> None:
-        self.products, self.dtype = products, products.sums if products.sharded else hidden.dtype
-        self.given = hidden.dtype
+        self.products, self.dtype = products, products.sums if products.sharded else kept_dtype(hidden)
+        self.given = kept_dtype(hidden)
         weight = products.head.weight
 
         def zeros(shape: torch.Size, wanted: bool, dtype: torch.dtype = products.sums) -> Tensor:
@@ -125,5 +131,5 @@ class Gradients:
         head = self.products.head
         if self.products.sharded and self.needs[0]:
             self.products.sharded.reduce(self.hidden)
-        bias = self.bias if head.bias is None else self.bias.to(head.bias.dtype)
-        return self.hidden.to(self.given), self.weight.to(head.weight.dtype), bias
+        bias = self.bias if head.bias is None else self.bias.to(kept_dtype(head.bias))
+        return self.hidden.to(self.given), self.weight.to(kept_dtype(head.weight)), bias

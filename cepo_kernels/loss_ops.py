@@ -47,21 +47,21 @@ def total(losses: Tensor, denominator: Tensor) -> Tensor:
     return (losses.sum(dtype=torch.float64) / denominator.to(losses.device, torch.float64)).to(losses.dtype)
 
 
-def _kernels_part(policy: Tensor, denominator: Tensor) -> Tensor:
+def kernels_part(dtype: torch.dtype, denominator: Tensor) -> Tensor:
     """What a kernel divides by: all of the denominator; in float16 all but a power of two, left to the backward.
 
     A float16 gradient over thousands of rows would be 0 before GradScaler's factor arrives. Like that factor, a power
     of two rounds nothing but subnormals.
     """
-    return 2.0 * torch.frexp(denominator.double()).mantissa if policy.dtype == torch.float16 else denominator
+    return 2.0 * torch.frexp(denominator.double()).mantissa if dtype == torch.float16 else denominator
 
 
-def _backwards_part(policy: Tensor, denominator: Tensor) -> Tensor | None:
+def backwards_part(dtype: torch.dtype, denominator: Tensor) -> Tensor | None:
     """The factor that the kernel left out of the gradient; None for 1."""
-    return _kernels_part(policy, denominator) / denominator if policy.dtype == torch.float16 else None
+    return kernels_part(dtype, denominator) / denominator if dtype == torch.float16 else None
 
 
-def _scaled(upstream: Tensor, factor: Tensor | None) -> Tensor:
+def scaled(upstream: Tensor, factor: Tensor | None) -> Tensor:
     return upstream if factor is None else (upstream * factor).to(upstream.dtype)
 
 
@@ -80,7 +80,7 @@ def _run(policy: Tensor, arguments: tuple[Any, ...], in_place: bool, with_gradie
     old_logprobs = row_values(old_logprobs, labels.shape, dtype)
     token_weight = row_values(token_weight, labels.shape, dtype)
     ref_logprobs = row_values(ref_logprobs, labels.shape, dtype)
-    numbers = (clip_low, clip_high, kl_coef, entropy_coef, _kernels_part(policy, denominator))
+    numbers = (clip_low, clip_high, kl_coef, entropy_coef, kernels_part(policy.dtype, denominator))
     options = RowOptions(temperature, logit_scale, logit_softcap, ignore_index)
     if labels.numel():
         for rows, inputs, (gradient_rows,) in ops.forward_inputs(
@@ -140,7 +140,7 @@ class Fused(torch.autograd.Function):
     def forward(ctx: Any, policy: Tensor, in_place: bool, *arguments: Any) -> tuple[Tensor, ...]:
         *rest, backend = arguments
         detached = policy.detach()
-        ctx.backend, ctx.factor = backend, _backwards_part(detached, rest[_DENOMINATOR])
+        ctx.backend, ctx.factor = backend, backwards_part(detached.dtype, rest[_DENOMINATOR])
         if in_place:
             output = policy_loss_(detached, *rest, backend)
             ctx.gradient = detached
@@ -167,7 +167,7 @@ class Fused(torch.autograd.Function):
             )
         if upstream is None:
             return (None,) * 24
-        return rescaled(gradient, _scaled(upstream, ctx.factor), ctx.backend), *(None,) * 23
+        return rescaled(gradient, scaled(upstream, ctx.factor), ctx.backend), *(None,) * 23
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -179,7 +179,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Ten
     gradient, denominator = ctx.saved_tensors
     if upstream is None:
         return (None,) * 24
-    factor = _scaled(upstream, _backwards_part(gradient, denominator))
+    factor = scaled(upstream, backwards_part(gradient.dtype, denominator))
     return (gradient.to(factor.dtype) * factor).to(gradient.dtype), *(None,) * 23
 
 

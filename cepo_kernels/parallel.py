@@ -69,7 +69,7 @@ class Meeting:
         if self.group is None:
             return
         for name, value in (("vocab_size", self.vocab_size), ("vocab_start", self.vocab_start)):
-            if value is not None and (type(value) is not int or value < 0):
+            if value is not None and (type(value) is not int or not 0 <= value < 1 << 62):
                 raise ValueError(f"{name}: expected None or a number of columns, got {value!r}")
         checks.check_values(**{name: facts[name] for name in _VALUES})
         if "denominator" in facts:
@@ -96,12 +96,17 @@ class Meeting:
         device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(self.group) == "nccl" else "cpu"
         mine = torch.zeros(_FACTS, dtype=torch.int64, device=device)
         mine[0] = int(failed)
-        names = [*_FIXED] if failed else [*_FIXED, *self.facts]
+        names, error = [*_FIXED] if failed else [*_FIXED, *self.facts], None
         if not failed:
-            for index, value in enumerate(self._status(names)):
-                mine[index] = value
+            try:
+                for index, value in enumerate(self._status(names)):
+                    mine[index] = value
+            except Exception as raised:  # whatever it is, the others wait for what this rank says
+                mine[0], error = 1, raised
         everyone = [torch.empty_like(mine) for _ in range(self.group.size())]
         dist.all_gather(everyone, mine, group=self.group)
+        if error is not None:
+            raise error
         if not failed:
             self._conclude(names, torch.stack(everyone).tolist())
 

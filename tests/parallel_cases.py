@@ -317,7 +317,7 @@ def _within(found, want, whole, dtype):
 
 def linear_cases(rank, world):
     """Many chunks for the uneven layout only: each is another exchange."""
-    budget = linear_products.LOGITS_BYTES
+    budget, linear_products.LEAST_ROWS = linear_products.LOGITS_BYTES, 4
     for dtype in LINEAR:
         for frozen in (False, True):
             for name, held in everywhere(rank, world, of_dtype(dtype)):
@@ -327,7 +327,7 @@ def linear_cases(rank, world):
                 for x in mine[1:]:
                     x.requires_grad_(not frozen)
                 yield dtype, frozen, held, mine, (hidden, weight, bias, labels, advantages)
-    linear_products.LOGITS_BYTES = budget
+    linear_products.LOGITS_BYTES, linear_products.LEAST_ROWS = budget, 16
 
 
 @case

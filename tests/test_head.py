@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,8 +65,11 @@ def test_each_form_is_the_op_of_its_name():
         assert type(got) is type(want)
         for value, expected in zip(got, want, strict=True):
             assert (value is None and expected is None) or torch.equal(value, expected)
-    with pytest.raises(ValueError, match="labels: expected a tensor, got None"):
-        head(policy, positive)
+    for options in ({"positive_hidden": positive}, {"temperature": 2.0}, {"policy_loss": True}):
+        with pytest.raises(ValueError, match="labels: expected a tensor, got None"):
+            head(policy, **options)
+    with pytest.raises(TypeError, match="lm_head_bias: expected none"):
+        head(policy, labels=labels, lm_head_bias=head.bias)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -119,6 +123,14 @@ def test_what_is_no_plain_linear_layer_is_refused_with_the_reason():
         model.lm_head = head
         with pytest.raises(TypeError, match=reason):
             use_logprob_head(model)
+    model = Model()
+    model.lm_head.forward = lambda x: x
+    with pytest.raises(TypeError, match="one that was replaced"):
+        use_logprob_head(model)
+    model = Model()
+    model.config = SimpleNamespace(final_logit_softcapping=30.0)
+    with pytest.raises(TypeError, match=r"got final_logit_softcapping = 30\.0; call linear_token_logprobs"):
+        use_logprob_head(model)
     with pytest.raises(TypeError, match="expected a model with output embeddings, got Linear"):
         use_logprob_head(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="LogprobHead"):  # what ZeRO-3 leaves of a weight outside its module's call

@@ -172,6 +172,12 @@ def test_rows_that_cannot_matter_meet_no_product(monkeypatch):
     assert bool((out.clipped == ((labels != -100) & (advantages != 0))).all())
     assert made == [("logits", 3 * active)]
     made.clear()
+    weights = torch.zeros(ROWS)
+    weights[:10] = 1.0
+    kept = int(((labels != -100) & (advantages != 0))[:10].sum())
+    linear_contrastive_policy_loss(*hidden, weight, labels, advantages, token_weight=weights).loss.backward()
+    assert made == [("logits", 3 * active), ("add_weight_gradient", kept)]
+    made.clear()
     policy = hidden[0].clone().requires_grad_()
     out = linear_contrastive_policy_loss(policy, None, hidden[2], weight.detach(), labels, advantages)
     out.loss.backward()
@@ -245,6 +251,71 @@ def test_compiled_equals_eager_bit_for_bit(frozen):
     torch.testing.assert_close(got[0], want[0])
     for found, expected in zip(got[1], want[1], strict=True):
         oracle.assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.usefixtures("_chunks")
+def test_gradcheck_and_no_second_derivative(frozen):
+    hidden, weight, bias, labels, advantages = inputs(torch.float64, shape=(3, 7))
+    hidden, weight, bias = [x[..., :5] for x in hidden], weight[:19, :5].clone(), bias[:19].clone()
+    labels = labels.clamp(max=18)
+    leaves = [hidden[0].clone().requires_grad_(), weight.requires_grad_(not frozen), bias.requires_grad_(not frozen)]
+
+    def log_probs(policy, weight, bias):
+        out = linear_token_logprobs(policy, weight, labels, lm_head_bias=bias, return_entropy=True)
+        return out.logprobs, out.entropy
+
+    old = log_probs(*leaves)[0].detach()
+
+    def loss(policy, weight, bias):
+        return linear_contrastive_policy_loss(
+            policy, *hidden[1:], weight, labels, advantages, old, lm_head_bias=bias, entropy_coef=0.1
+        ).loss
+
+    assert torch.autograd.gradcheck(log_probs, leaves)
+    gradient = torch.autograd.grad(loss(*leaves) * 2.0, leaves[0])[0].flatten()
+    step = torch.zeros_like(hidden[0])
+    for index in (0, 31, 77):
+        step.zero_().view(-1)[index] = 1e-6
+        with torch.no_grad():  # teachers and the token advantages do not move
+            rise = loss(leaves[0] + step, *leaves[1:]) - loss(leaves[0] - step, *leaves[1:])
+        assert gradient[index].item() == pytest.approx(rise.item() * 2.0 / 2e-6, rel=1e-5, abs=1e-9)
+    for value in (log_probs(*leaves)[0].square().sum(), loss(*leaves).square()):
+        with pytest.raises(RuntimeError, match="first-order gradients only"):
+            torch.autograd.grad(value, leaves[0], create_graph=True)
+
+
+def test_float16_keeps_its_gradient_under_a_loss_scale():
+    """At the denominator of a large batch the gradient lies below float16 until GradScaler's factor arrives."""
+    hidden, weight, bias, labels, advantages = inputs(torch.float16)
+    scale, options = 65536.0, {"denominator": 16384.0, "entropy_coef": 0.01}
+
+    def ours(policy, weight, bias):
+        out = linear_contrastive_policy_loss(
+            policy, *hidden[1:], weight, labels, advantages * 0.01, lm_head_bias=bias, **options
+        )
+        return out.loss * scale
+
+    def plain(policy, weight, bias):
+        logits = [logits_of(x, weight, bias) for x in (policy, *hidden[1:])]
+        loss = cepo_kernels.contrastive_policy_loss(*logits, labels, advantages.double() * 0.01, **options).loss
+        return loss * scale
+
+    got, want = (gradients(run, hidden[0], weight, bias, False) for run in (ours, plain))
+    compare(got, want, torch.float16)
+
+
+def test_the_gradient_of_the_head_is_summed_in_float32_over_chunks(monkeypatch):
+    """Many rows, each adding less than bfloat16 could to what is there."""
+    torch.manual_seed(0)
+    rows = 4096
+    monkeypatch.setattr(linear_products, "LOGITS_BYTES", 0)
+    hidden = (torch.rand(rows, 4) + 0.5).bfloat16()
+    weight = torch.randn(8, 4).bfloat16().requires_grad_()
+    linear_token_logprobs(hidden, weight, torch.zeros(rows, dtype=torch.int64)).logprobs.sum().backward()
+    exact = weight.detach().double().requires_grad_()
+    F.linear(hidden.double(), exact).log_softmax(-1)[:, 0].sum().backward()
+    assert (weight.grad.double() - exact.grad).abs().max() < 2**-8 * exact.grad.abs().max()
 
 
 def test_kept_logits_serve_several_backwards():
