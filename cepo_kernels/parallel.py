@@ -217,6 +217,19 @@ def local_head(weight: Tensor, bias: Tensor | None, where: Where) -> tuple[Tenso
         return weight, bias, where
     from torch.distributed.tensor import DTensor
 
+    try:
+        return _local_head(weight, bias, where)
+    except (TypeError, ValueError):
+        group = where[0]
+        if group is None and isinstance(weight, DTensor) and weight.device_mesh.ndim == 1:
+            group = weight.device_mesh.get_group()
+        with Meeting(group, None, None, ""):  # the other ranks wait for this one
+            raise
+
+
+def _local_head(weight: Tensor, bias: Tensor | None, where: Where) -> tuple[Tensor, Tensor | None, Where]:
+    from torch.distributed.tensor import DTensor
+
     if not isinstance(weight, DTensor):
         if isinstance(bias, DTensor):
             raise TypeError(f"lm_head_bias: expected no DTensor, as lm_head_weight is {type(weight).__name__}")

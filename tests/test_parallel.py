@@ -140,6 +140,8 @@ def errors_on_every_rank(rank, world):
         ({"lam": 2}, ValueError, r"lam: expected a number in \[0, 1\], got 2"),
         ({"backend": "gpu"}, ValueError, "backend: expected 'auto' or one of"),
         ({"vocab_start": -1}, ValueError, "vocab_start: expected None or a number of columns, got -1"),
+        ({"vocab_size": 2**70}, ValueError, "vocab_size: expected None or a number of columns, got 1180"),
+        ({"advantages": torch.ones(4).to_sparse()}, Exception, ""),
     ):
         for op in (contrastive_logprobs, contrastive_policy_loss):
             call = {**base, **(change if rank == culprit else {})}
@@ -153,6 +155,13 @@ def errors_on_every_rank(rank, world):
         call = {**base, **(change if rank == culprit else {})}
         raises(rank, culprit, error, own, other,
                functools.partial(linear_token_logprobs, tp_group=dist.group.WORLD, **call))  # fmt: skip
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh, placement = init_device_mesh("cpu", (world,)), Shard(int(rank == culprit))
+    head = DTensor.from_local(torch.zeros(6, 2), mesh, [placement])
+    raises(rank, culprit, ValueError, "lm_head_weight: expected a DTensor that is Shard", other,
+           functools.partial(linear_token_logprobs, torch.zeros(4, 2), head, torch.arange(4)))  # fmt: skip
 
 
 @case
@@ -187,6 +196,8 @@ def disagreement_is_named(rank, world):
          lambda: token_logprobs(x, y, vocab_size=total + 1, **group)),
         ("labels: expected -100 or 0 <= label < 7, got 9", lambda: token_logprobs(x, y * 3, vocab_size=7, **group)),
         ("labels: expected -100 or 0 <= label < .*, got -3", lambda: token_logprobs(x, -y, **group)),
+        ("hidden_size: expected the same on every rank",
+         lambda: linear_token_logprobs(torch.zeros(4, 3 + odd), torch.zeros(5, 3 + odd), y, **group)),
         ("labels: .* LogprobHead",
          lambda: linear_token_logprobs(torch.zeros(4, 3), torch.zeros(5, 3), y + odd, **group)),
     ):  # fmt: skip
