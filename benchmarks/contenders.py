@@ -1,12 +1,13 @@
 """Who is compared: each computes the log-probs of three logits tensors and the token credit, from the same inputs.
 
-A contender is a function of (policy, positive, negative, labels, advantages) to (logprobs, token advantages). All but
-ours upcast 16-bit logits first, as their own documentation advises; TRL's is called as TRL calls it.
+A contender is a function of (policy, positive, negative, labels, advantages) to (logprobs, token advantages). Eager
+PyTorch upcasts 16-bit logits first, as its documentation advises; the packages' functions are called as they call them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import math
 from collections.abc import Callable
 from functools import partial
@@ -68,6 +69,48 @@ def trl() -> Contender:
         return credit(logprobs, *teachers, advantages)
 
     return run
+
+
+def from_cross_entropy(cross_entropy: Callable[..., Tensor]) -> Contender:
+    """Log-probs as minus a cross-entropy for each row, of three calls."""
+
+    def run(
+        policy: Tensor, positive: Tensor, negative: Tensor, labels: Tensor, advantages: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            teachers = [-cross_entropy(x, labels, reduction="none") for x in (positive, negative)]
+        return credit(-cross_entropy(policy, labels, reduction="none"), *teachers, advantages)
+
+    return run
+
+
+def liger() -> Contender:
+    """Where a gradient is wanted it is made in the forward, over the logits, as `contrastive_policy_loss` can."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return from_cross_entropy(liger_cross_entropy)
+
+
+def quack() -> Contender:
+    from quack.cross_entropy import cross_entropy
+
+    return from_cross_entropy(cross_entropy)
+
+
+def others() -> tuple[dict[str, Contender], dict[str, str]]:
+    """The packages that can be imported, by name and version, and why the others cannot."""
+    found: dict[str, Contender] = {}
+    absent: dict[str, str] = {}
+    for name, package, make in (
+        ("TRL", "trl", trl),
+        ("Liger", "liger-kernel", liger),
+        ("quack", "quack-kernels", quack),
+    ):
+        try:
+            found[f"{name} {importlib.metadata.version(package)}"] = make()
+        except Exception as error:  # whatever importing others' code may raise
+            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return found, absent
 
 
 def on_cpu(isa: str | None) -> tuple[dict[str, Contender], dict[str, str]]:

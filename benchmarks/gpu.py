@@ -8,7 +8,6 @@ than any L2, so nothing is found there from the round before.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import statistics
@@ -99,15 +98,15 @@ def group(rows: int, vocabulary: int, dtype: torch.dtype, kind: str) -> dict[str
     logits, rest = inputs(rows, vocabulary, dtype)
     runs: dict[str, contenders.Contender] = {"eager": contenders.eager}
     runs["torch.compile"] = torch.compile(contenders.eager, fullgraph=True, dynamic=False)
-    with contextlib.suppress(ImportError):
-        runs["TRL"] = contenders.trl()
+    others, missing = contenders.others()
+    runs.update(others)
     if kind != "forward":
         runs = {name: contenders.with_gradient(run) for name, run in runs.items()}
     for name in ("triton", "cuda", "cuda:streaming", "cuda:cluster"):
         if backends.unavailable(name, "cuda") is None:
             runs[name] = ours(name, kind)
     if kind == "divergence":
-        runs, rest = contenders.divergences(), (logits[1],)
+        runs, rest, missing = contenders.divergences(), (logits[1],), {}
     calls: dict[str, Call] = {}
     for name, run in runs.items():
         calls[name] = partial(no_grad if kind == "forward" else apply, run, logits[0], *rest)
@@ -128,7 +127,7 @@ def group(rows: int, vocabulary: int, dtype: torch.dtype, kind: str) -> dict[str
     ]
     title = f"{kind} {str(dtype).removeprefix('torch.')}: N = {rows}, V = {vocabulary:,}"
     return {"title": title, "kind": kind, "vocabulary": vocabulary, "dtype": str(dtype), "floor_bytes": floor,
-            "ceiling_tb_per_s": 1 / per_byte / 1e9, "rows": table, "absent": absent}  # fmt: skip
+            "ceiling_tb_per_s": 1 / per_byte / 1e9, "rows": table, "absent": {**missing, **absent}}  # fmt: skip
 
 
 def ours(backend: str, kind: str) -> contenders.Contender:

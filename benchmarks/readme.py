@@ -152,8 +152,8 @@ def _share(at: dict[str, Any], kind: str) -> str:
 
 
 def _faster(at: dict[str, Any], kind: str, than: str) -> str:
-    """Times that ours is faster; a dash where the other did not run."""
-    ms = next((row["ms"] for row in at[kind]["rows"] if row["name"] == than), None)
+    """Times that ours is faster; a dash where the other, whose version its name may end with, did not run."""
+    ms = next((row["ms"] for row in at[kind]["rows"] if row["name"].partition(" ")[0] == than), None)
     return "-" if ms is None else f"{ms / _best(at[kind])['ms']:.2f}x"
 
 

@@ -166,11 +166,16 @@ def row_arguments(
     checks.check_row_values("negative_mask", negative_mask, labels, boolean=True)
     temperature, logit_scale, logit_softcap = checks.row_options(labels, temperature, logit_scale, logit_softcap)
     return {
-        "labels": labels, "advantages": None if advantages is None else advantages.detach(),
-        "negative_mask": negative_mask, "lam": checks.scalar("lam", lam, labels),
+        "labels": labels, "advantages": beside(advantages, labels),
+        "negative_mask": beside(negative_mask, labels), "lam": checks.scalar("lam", lam, labels),
         "eps_w": checks.scalar("eps_w", eps_w, labels), "temperature": temperature, "logit_scale": logit_scale,
         "logit_softcap": logit_softcap, "ignore_index": ignore_index, "return_entropy": return_entropy,
     }  # fmt: skip
+
+
+def beside(value: Tensor | None, labels: Tensor) -> Tensor | None:
+    """Detached, on the labels' device, where a 0-d tensor need not have come from."""
+    return None if value is None else value.detach().to(labels.device)
 
 
 class _InPlace(torch.autograd.Function):

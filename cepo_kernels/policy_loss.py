@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, loss_ops, parallel
-from .contrastive import ContrastiveLogprobs, credit_of
+from .contrastive import ContrastiveLogprobs, beside, credit_of
 from .rows import ForwardOutputs
 
 SURROGATES = ("ppo", "cispo")
@@ -148,9 +148,10 @@ def loss_arguments(
                "entropy_coef": entropy_coef, "denominator": denominator}  # fmt: skip
     temperature, logit_scale, logit_softcap = checks.row_options(labels, temperature, logit_scale, logit_softcap)
     return {
-        "labels": labels, "advantages": advantages.detach(), "old_logprobs": detached(old_logprobs),
-        "token_weight": detached(token_weight), "ref_logprobs": detached(ref_logprobs) if has_kl else None,
-        "negative_mask": negative_mask, **{name: checks.scalar(name, x, labels) for name, x in numbers.items()},
+        "labels": labels, "advantages": beside(advantages, labels), "old_logprobs": beside(old_logprobs, labels),
+        "token_weight": beside(token_weight, labels), "ref_logprobs": beside(ref_logprobs, labels) if has_kl else None,
+        "negative_mask": beside(negative_mask, labels),
+        **{name: checks.scalar(name, value, labels) for name, value in numbers.items()},
         "temperature": temperature, "logit_scale": logit_scale, "logit_softcap": logit_softcap,
         "ignore_index": ignore_index, "surrogate": surrogate, "with_entropy": return_entropy or has_entropy,
     }  # fmt: skip

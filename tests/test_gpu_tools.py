@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import shutil
+import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from cepo_kernels.backends import tables
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
+import contenders  # noqa: E402
 import dram  # noqa: E402
 import readme  # noqa: E402
 import tune  # noqa: E402
@@ -123,12 +128,53 @@ def test_the_readmes_table_is_empty_until_a_gpu_has_run_and_then_shows_it(tmp_pa
     assert "Not yet measured" in empty
     assert len(rows := empty.splitlines()[4:]) == 7
     assert all(row.endswith("|  |  |  |  |  |") for row in rows)
-    groups = [group("forward", cuda=2.0, triton=1.25, TRL=2.5, eager=12.5),
+    groups = [group("forward", cuda=2.0, triton=1.25, eager=12.5, **{"TRL 1.16.0": 2.5, "quack 0.3": 5.0}),
               group("fused", cuda=2.0, triton=2.5, TRL=3.0), group("separate", cuda=2.0, triton=2.5)]  # fmt: skip
     machine = {"gpu": "NVIDIA H200", "torch": "2.11", "date": "2026-12-01"}
     (tmp_path / "gpu-nvidia-h200.json").write_text(json.dumps({"machine": machine, "groups": groups}))
     full = readme.gpu()
     assert "yet" not in full
     cells = [row.split("|")[4].strip() for row in full.splitlines()[4:]]
-    dashes = "Liger -, quack -, torch.compile -"
+    dashes = "Liger -, quack 4.00x, torch.compile -"
     assert cells == ["80%", "50%", "50%", "-", "2.00x, -, 1.50x", dashes, "10.00x; 3"]
+
+
+def test_contenders_are_named_with_their_versions_or_why_they_are_absent(monkeypatch):
+    cross_entropy = torch.nn.functional.cross_entropy
+    liger = types.SimpleNamespace(liger_cross_entropy=cross_entropy)
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", liger)
+    monkeypatch.setitem(sys.modules, "quack.cross_entropy", types.SimpleNamespace())  # has lost the function
+    monkeypatch.setitem(sys.modules, "quack", types.ModuleType("quack"))
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "1.2")
+    monkeypatch.setattr(contenders, "trl", lambda: 1 / 0)
+    found, absent = contenders.others()
+    assert list(found) == ["Liger 1.2"]
+    assert absent["TRL"] == "ZeroDivisionError: division by zero"
+    assert absent["quack"].startswith("ImportError: cannot import name 'cross_entropy'")
+    logits = [torch.randn(5, 70) for _ in range(3)]
+    rest = (*logits[1:], torch.tensor([1, 2, 3, 4, 69]), torch.randn(5))
+    want = contenders.with_gradient(contenders.eager)(logits[0], *rest)
+    for got, value in zip(contenders.with_gradient(found["Liger 1.2"])(logits[0], *rest), want, strict=True):
+        torch.testing.assert_close(got, value)
+
+
+@pytest.mark.parametrize("tools", [("ncu",), ("compute-sanitizer",), ("compute-sanitizer", "ncu")], ids=" ".join)
+def test_a_run_without_a_tool_has_failed_and_any_run_writes_the_readmes_table(tmp_path, tools):
+    """The script by itself: whatever it calls is there in name alone."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("bash", "dirname", "head", "tr", "mkdir", "mktemp", "rm", "env"):
+        (programs / name).symlink_to(shutil.which(name))
+    for name in ("nvidia-smi", "python", *tools):
+        (programs / name).write_text('#!/bin/bash\necho "called: $*"\n')
+        (programs / name).chmod(0o755)
+    (tmp_path / "benchmarks").mkdir()
+    script = shutil.copy(BENCHMARKS / "run_gpu.sh", tmp_path / "benchmarks")
+    environment = {"PATH": str(programs), "PYTHON": "python", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == (len(tools) < 2), done.stdout + done.stderr
+    for name in ("ncu", "compute-sanitizer"):
+        assert (f"-- failed: {name} is not on the PATH" in done.stdout) == (name not in tools)
+    assert "called: benchmarks/readme.py" in done.stdout

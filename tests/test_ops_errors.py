@@ -11,6 +11,8 @@ import torch
 
 import cepo_kernels
 from cepo_kernels import backends
+from cepo_kernels.contrastive import row_arguments
+from cepo_kernels.policy_loss import loss_arguments
 
 NAN, INF = float("nan"), float("inf")
 
@@ -112,6 +114,16 @@ def test_a_malformed_argument_is_named_with_what_was_expected_and_what_came(chan
     cepo_kernels.contrastive_logprobs(**good())
     with pytest.raises(error, match=message):
         cepo_kernels.contrastive_logprobs(**good(**change))
+
+
+def test_a_0_d_tensor_of_the_cpu_goes_to_the_labels_device():
+    """Where a kernel reads its address."""
+    labels, one = torch.zeros(2, 3, dtype=torch.long, device="meta"), torch.ones(())
+    rows = row_arguments(labels, one, one > 0, 0.5, 0.5, 1.0, 1.0, None, -100, False)
+    loss = loss_arguments(labels, one, None, "ppo", 0.2, 0.2, one, None, 0.0, 0.0, 1.0, one > 0, 0.5, 0.5, 1.0, 1.0,
+                          None, -100, False)  # fmt: skip
+    for name in ("advantages", "negative_mask", "token_weight"):
+        assert all(found[name].device.type == "meta" for found in (rows, loss) if name in found), name
 
 
 def test_the_single_tensor_op_names_its_own_arguments():
