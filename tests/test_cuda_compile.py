@@ -21,6 +21,8 @@ ARCHITECTURES = re.findall(r'"(\w+)"', re.search(r"CUDA_ARCHITECTURES = \((.*)\)
 FLAGS = re.search(r'NVCC_FLAGS = "(.*?) -Xfatbin', SETUP)[1].split()
 # Sources, and how many kernels each holds.
 ROW_KERNELS = {"forward": 6, "policy_loss": 4, "cluster": 4, "divergence": 8}
+KERNELS = {**ROW_KERNELS, "rescale": 3, "bandwidth": 2}
+STATIC_SHARED = 8192  # bytes of a block, beside which a cluster's rows lie: two such blocks fit anywhere
 REGISTERS = 65536 // (2 * 512)
 REGISTERS_OF_PAIRS = 65536 // 512  # a block on a multiprocessor: fewer rows in flight for the L2 to hold
 
@@ -28,6 +30,7 @@ REGISTERS_OF_PAIRS = 65536 // 512  # a block on a multiprocessor: fewer rows in 
 class Needs(NamedTuple):
     registers: int
     spills: int
+    shared: int
 
 
 def nvcc() -> str | None:
@@ -56,7 +59,7 @@ def built(request, tmp_path_factory):
              ROOT / "csrc" / "cuda" / f"{source}.cu", "-o", folder / f"{source}.cubin"],
             stderr=subprocess.PIPE, text=True,
         )
-        for source in ROW_KERNELS
+        for source in KERNELS
     }  # fmt: skip
     said = {source: process.communicate()[1] for source, process in running.items()}
     for source, process in running.items():
@@ -66,19 +69,25 @@ def built(request, tmp_path_factory):
 
 
 def kernels(said: str) -> dict[str, Needs]:
-    pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
-    return {name: Needs(int(used), int(spills)) for name, spills, used in re.findall(pattern, said, re.DOTALL)}
+    pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers([^\n]*)"
+    found = re.findall(pattern, said, re.DOTALL)
+    shared = [re.search(r"(\d+) bytes smem", rest) for *_, rest in found]
+    return {
+        name: Needs(int(used), int(spills), int(bytes_[1]) if bytes_ else 0)
+        for (name, spills, used, _), bytes_ in zip(found, shared, strict=True)
+    }
 
 
 def test_no_kernel_spills_and_two_blocks_fit(built):
     architecture, said, _ = built
-    for source, count in ROW_KERNELS.items():
+    for source, count in KERNELS.items():
         found = kernels(said[source])
         assert len(found) == count, (architecture, source, list(found))
         for name, needs in found.items():
             assert needs.spills == 0, (architecture, name, needs)
             most = REGISTERS_OF_PAIRS if source == "divergence" else REGISTERS
             assert needs.registers <= most, (architecture, name, needs)
+            assert needs.shared <= STATIC_SHARED, (architecture, name, needs)
 
 
 @pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump")
