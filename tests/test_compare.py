@@ -184,6 +184,7 @@ main(sys.argv[1:])
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     process = subprocess.run([sys.executable, "-c", code, "compare", plan, "--out", str(killed)], env=environment,
+                             cwd=tmp_path,  # or the checkout, without kernels, would stand before what is installed
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     assert process.returncode == -signal.SIGKILL
     (finished,) = (killed / cells.FOLDER).iterdir()
