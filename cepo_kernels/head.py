@@ -34,8 +34,8 @@ class LogprobHead(nn.Linear):
         policy_loss: bool = False,
         **options: Any,
     ) -> Tensor | TokenLogprobs | ContrastiveLogprobs | PolicyLoss:
-        given = (positive_hidden, negative_hidden, advantages, policy_loss or None, *options.values())
         if labels is None:
+            given = (positive_hidden, negative_hidden, advantages, policy_loss or None, *options.values())
             if any(value is not None for value in given):
                 raise ValueError("labels: expected a tensor, got None")
             return super().forward(input)

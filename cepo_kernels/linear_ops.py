@@ -241,10 +241,9 @@ def _policy_loss(
         if gradient is not None:
             flat = gradient[0]
             # Rows of weight 0 and the PPO surrogate's clipped ones have no gradient but of a KL or entropy term.
-            still = clipped if surrogate == "ppo" else torch.zeros_like(clipped)
-            still = still if weights is None else still | (weights == 0)
             if _is_zero(kl_coef, entropy_coef):
-                moved = _chosen(~still)
+                still = clipped if surrogate == "ppo" else torch.zeros_like(clipped)
+                moved = _chosen(~(still if weights is None else still | (weights == 0)))
                 if moved.numel() < rows.numel():
                     rows, flat = rows[moved], flat[moved]
             if rows.numel():
