@@ -94,7 +94,7 @@ def restore_head(model: Any) -> None:
 
 
 def logit_options(config: Any) -> dict[str, float]:
-    """The ops' ``logit_softcap`` and ``logit_scale`` that a transformers config asks for, where they change anything."""
+    """The ops' ``logit_softcap`` and ``logit_scale`` that a transformers config asks for, where they do anything."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     cap = getattr(config, "final_logit_softcapping", None)
     scale, divisor = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))

@@ -237,7 +237,7 @@ def refuse_create_graph() -> None:
 library.impl("forward", _forward, "CompositeExplicitAutograd")
 library.impl("logits_grad", _logits_grad, "CompositeExplicitAutograd")
 library.impl("logits_grad_", _logits_grad_in_place, "CompositeExplicitAutograd")
-torch.library.register_fake("cepo_kernels::forward", lambda *a: tuple(forward_buffers(*a[:5], a[-2])), lib=library)
+torch.library.register_fake("cepo_kernels::forward", lambda *a: tuple(forward_buffers(*a[:5], *a[-2:-1])), lib=library)
 torch.library.register_fake("cepo_kernels::logits_grad", lambda policy, *_: policy.new_empty(policy.shape), lib=library)
 torch.library.register_fake("cepo_kernels::logits_grad_", lambda policy, *_: None, lib=library)
 torch.library.register_autograd("cepo_kernels::forward", _backward, setup_context=save_for_backward, lib=library)

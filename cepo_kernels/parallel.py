@@ -210,7 +210,7 @@ def _number(value: Any, scored: Tensor) -> int | Tensor:
     if not isinstance(value, Tensor):
         return zlib.crc32(repr(value).encode())
     value = value.detach()
-    found: int | Tensor = zlib.crc32(repr((value.dtype, tuple(value.shape))).encode())
+    found: Tensor | int = zlib.crc32(repr((value.dtype, tuple(value.shape))).encode())
     # A fresh copy either way, so that several of its elements may be read as one integer.
     rows = value[scored] if value.ndim > scored.ndim else value.clone().reshape(1, -1)
     size = math.gcd(8, rows.shape[1] * rows.element_size()) if rows.numel() else rows.element_size()
@@ -219,7 +219,8 @@ def _number(value: Any, scored: Tensor) -> int | Tensor:
         # Odd factors: each is invertible modulo 2^64, so that one changed integer always shows.
         factors = torch.arange(bits.shape[-1], device=bits.device) * 0x5851F42D4C957F2E + 0x14057B7EF767814F
         bits = (bits * factors).sum(-1)
-    return bits + found
+    found += bits
+    return found
 
 
 def local_head(weight: Tensor, bias: Tensor | None, where: Where) -> tuple[Tensor, Tensor | None, Where]:

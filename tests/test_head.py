@@ -17,8 +17,8 @@ from cepo_kernels import (
     LogprobHead,
     linear_contrastive_logprobs,
     linear_contrastive_policy_loss,
-    linear_token_logprobs,
     linear_products,
+    linear_token_logprobs,
     restore_head,
     use_logprob_head,
 )
@@ -122,12 +122,12 @@ def test_what_is_no_plain_linear_layer_is_refused_with_the_reason():
         pass
 
     for head, reason in ((Lora(), "adapter"), (FSDPLinear(H, V), "before fully_shard"), (nn.Identity(), "Identity")):
-        model = Model()
+        model, kind = Model(), type(head)
         model.lm_head = head
         with pytest.raises(TypeError, match=reason):
             use_logprob_head(model)
         restore_head(model)
-        assert type(model.lm_head) is type(head)
+        assert type(model.lm_head) is kind
     model = Model()
     model.lm_head.forward = lambda x: x
     with pytest.raises(TypeError, match="one that was replaced"):
@@ -136,7 +136,11 @@ def test_what_is_no_plain_linear_layer_is_refused_with_the_reason():
     model.config = SimpleNamespace(final_logit_softcapping=30.0)
     with pytest.raises(TypeError, match=r"asks for \{'logit_softcap': 30\.0\}; call linear_token_logprobs"):
         use_logprob_head(model)
-    for config, scale in (({"logit_scale": 0.25}, 0.25), ({"logits_scaling": 8.0}, 0.125), ({"logits_scaling": 1}, None)):
+    for config, scale in (
+        ({"logit_scale": 0.25}, 0.25),
+        ({"logits_scaling": 8.0}, 0.125),
+        ({"logits_scaling": 1}, None),
+    ):
         assert logit_options(SimpleNamespace(**config)).get("logit_scale") == scale
     with pytest.raises(TypeError, match="expected a model with output embeddings, got Linear"):
         use_logprob_head(nn.Linear(2, 2))
