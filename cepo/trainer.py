@@ -32,7 +32,7 @@ from cepo import checkpoint, distil, metrics, rollout, teacher
 from cepo.credit import lam_at
 from cepo.errors import InputError
 from cepo.metrics import Clock, mean
-from cepo.parts import Parts, held_out, judge, problems_of, score, training_problems
+from cepo.parts import Parts, held_out, judge, problems_of, roll_out, score, training_problems
 from cepo.rewards import is_success
 from cepo.update import Batch, credit_ahead, make_batch, update
 
@@ -129,15 +129,7 @@ def train_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Rec
     clock = Clock(parts.policy.device)
     with clock.phase("rollout"):
         problems = problems_of(parts, step)
-        rollouts = rollout.sample(
-            parts.policy,
-            problems,
-            group_size=config.rollout.group_size,
-            max_new_tokens=parts.max_new_tokens,
-            temperature=config.rollout.temperature,
-            key=(config.train.seed, step),
-            batch_size=config.rollout.batch_size,
-        )
+        rollouts = roll_out(parts, problems, (config.train.seed, step))
     with clock.phase("reward"):
         rewards = score(parts, rollouts)
         scores = rewards if config.reward.name == "verifier" else judge(parts, rollouts)
