@@ -1,4 +1,4 @@
-"""The command line: `cepo train | eval | diagnose | compare | tokens | plot | doctor`, YAML and `--section.key value` on top of it."""
+"""The command line: `cepo train`, `eval`, `diagnose` and so on; YAML and `--section.key value` on top of it."""
 
 from __future__ import annotations
 

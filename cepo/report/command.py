@@ -68,7 +68,7 @@ def plot(parser: ArgumentParser, arguments: Sequence[str]) -> int:
         if not metrics.read(run):
             raise InputError(f"RUN: expected a run with records in {metrics.FILE}, got {str(run)!r}")
     out = _file("--out", given.out or (str(runs[0] / curves.FILE) if len(runs) == 1 else "runs.png"))
-    if out.suffix not in (".png", ".svg"):
+    if out.suffix.lower() not in (".png", ".svg"):
         raise InputError(f"--out: expected a .png or .svg file, got {given.out!r}")
     curves.overlay(runs, out) if len(runs) > 1 else curves.draw(runs[0], out)
     print(f"curves: {out}", file=sys.stderr)

@@ -48,7 +48,7 @@ def overlay(runs: Sequence[Path], out: Path) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
-    panels = figure.subplots(2, 2).flat
+    panels = list(figure.subplots(2, 2).flat)
     sampled, greedy, accuracy, entropy = panels
     for number, (run, name) in enumerate(zip(runs, _names(runs), strict=True)):
         records = metrics.read(run)
@@ -86,7 +86,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 def _save(figure: Any, out: Path) -> Path:
     with checkpoint.replacing(out) as temporary:
-        figure.savefig(temporary, format=out.suffix[1:], dpi=120)
+        figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=120)
     return out
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cepo import checkpoint
+from cepo.config import ReportConfig
 from cepo.errors import InputError, one_line
 from cepo.parts import Parts
 from cepo.update import Batch
@@ -89,8 +90,7 @@ class Recorder:
     ) -> None:
         """Look at a step: rewards and success are (B,), tokens the (N,) tensors of its update, NaN for none."""
         config = self._parts.config
-        every = config.report.every
-        if not every or (step not in (1, config.train.steps) and step % every):
+        if not due(config.report, step, config.train.steps):
             return
         lengths = [len(ids) for ids in batch.rollouts.responses]
         columns = {name: column.split(lengths) for name, column in tokens.items()}
@@ -131,6 +131,11 @@ class Recorder:
             path.parent.mkdir(exist_ok=True)
         with checkpoint.replacing(path) as temporary:
             temporary.write_text(json.dumps(asdict(sample), separators=(",", ":")) + "\n")
+
+
+def due(report: ReportConfig, step: int, last: int) -> bool:
+    """Whether groups of a step are kept."""
+    return report.every > 0 and (step in (1, last) or step % report.every == 0)
 
 
 def files(run: Path) -> dict[int, Path]:

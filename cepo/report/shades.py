@@ -61,7 +61,7 @@ def scales(samples: Iterable[Sample]) -> dict[str, Scale]:
 
 
 def visible(text: str) -> str:
-    """`text` with control characters, and what reorders or hides others, replaced by signs; line breaks remain."""
+    """`text` with control characters, and what reorders or hides others, written out; line breaks remain."""
     return "".join(_sign(character) for character in text)
 
 
@@ -77,4 +77,4 @@ def _sign(character: str) -> str:
         return character
     if character == "\t":
         return "⇥"
-    return chr(0x2400 + code) if code < 0x20 else f"\\u{code:04x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
