@@ -21,8 +21,8 @@ from cepo.report.samples import Group, Rollout, Sample
 from cepo.report.shades import scales
 
 HOSTILE = [
-    "</script><script>window.hacked = 1</script>", "<img src=x onerror='window.hacked=1'>", "<!--<script>", "]]>",
-    "&lt;", "\"'`${window.hacked=1}{data}{policy}", "\u202egnorw\u202c", "\x1b[31m\x00\r", "\u2028\u2029", "\ud800", "\ufeff",
+    "</script><script>window.hacked = 1</script>", "<img src=x onerror='window.hacked=1'>", "<!--<script>", "]]>", "&",
+    "\"'`${window.hacked=1}{data}{policy}", "\u202egnorw\u202c", "\x1b[31m\x00\r", "\u2028\u2029", "\ud800", "\ufeff",
     "שלום", "عشرة", "😀", "\n\n", "",
 ]  # fmt: skip
 BLOCK = r'<script type="application/json" id="([a-z0-9-]+)">(.*?)</script>'
@@ -183,6 +183,7 @@ def test_a_person_finds_their_way(chromium: Browser, tmp_path: Path) -> None:
     assert chromium.run("document.querySelector('.right').offsetLeft === document.querySelector('.wrong').offsetLeft")
     chromium.tap(token(1, ".wrong .tokens"))
     assert (tip(chromium) or {})["token"] == "+"
+    assert chromium.run(f"{token(1, '.wrong .tokens')}.tabIndex") == 0
     assert chromium.run("document.getElementById('tip').getBoundingClientRect().bottom") == 844
     chromium.size(1280, 800)
 
