@@ -20,7 +20,7 @@ it had never stopped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from cepo.credit import lam_at
 from cepo.errors import InputError
 from cepo.metrics import Clock, mean
 from cepo.parts import Parts, held_out, judge, problems_of, roll_out, score, training_problems
+from cepo.report.samples import Recorder
 from cepo.rewards import is_success
 from cepo.update import Batch, credit_ahead, make_batch, update
 
@@ -53,6 +54,7 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
     elif parts.self_teacher:
         parts.self_teacher.begin(run)
     metrics.cut_back(run, None if start is None else done)
+    recorder = Recorder(parts, run, None if start is None else done)
 
     def record(kind: str, step: int, values: Record) -> Record:
         line = {"kind": kind, "step": step, **values}
@@ -70,9 +72,10 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
         if start is None:
             yield record("eval", 0, evaluate(parts))
         for step in range(done + 1, config.train.steps + 1):
-            values = train_step(parts, optimizer, step)
+            values = train_step(parts, optimizer, step, recorder.observe)
             done = step
             yield record("train", step, values)
+            recorder.write()
             last = step == config.train.steps
             if last or (config.eval.every and step % config.eval.every == 0):
                 yield record("eval", step, evaluate(parts))
@@ -123,8 +126,10 @@ def evaluate(parts: Parts) -> Record:
     return {**result, "seconds": clock.total()}
 
 
-def train_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Record:
-    """One step of the algorithm; returns what there is to say about it."""
+def train_step(
+    parts: Parts, optimizer: torch.optim.Optimizer, step: int, observe: Callable[..., None] | None = None
+) -> Record:
+    """One step of the algorithm; returns what there is to say about it. `observe` is shown its tokens."""
     config = parts.config
     clock = Clock(parts.policy.device)
     with clock.phase("rollout"):
@@ -153,6 +158,8 @@ def train_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Rec
     batch = make_batch(parts, rollouts, advantages, teachers, lam, contexts and contexts.ids)
     batch = credit_ahead(parts, batch, rewards, success, step, clock)
     tokens, updated = update(parts, optimizer, batch, clock)
+    if observe:
+        observe(step, batch, rewards, success, tokens)
     if parts.adaptive:  # at the end: a step that fails must leave no trace, since it will be taken again
         parts.adaptive.observe(rewards_PG, squared_scores(rollouts, tokens).view_as(rewards_PG))
     return {

@@ -137,7 +137,8 @@ def update(
             if round_ == 0:
                 behaviour.append(result.credit)
                 if acts:
-                    names = ("entropy", "evidence", "weight", "logprobs", "divergence")
+                    names = ("entropy", "evidence", "weight", "logprobs", "divergence", "positive_logprobs",
+                             "negative_logprobs", "advantages")  # fmt: skip
                     values = {name: getattr(result.credit, name, None) for name in names}
                     _scatter(tokens, values, torch.isin(owner, torch.tensor(rows)))
             with clock.phase("update"):

@@ -17,6 +17,7 @@ from cepo.config.parts import (
     DiagnoseConfig,
     EvalConfig,
     PolicyConfig,
+    ReportConfig,
     RolloutConfig,
     TaskConfig,
     TeacherConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "EvalConfig",
     "LossConfig",
     "PolicyConfig",
+    "ReportConfig",
     "RewardConfig",
     "RolloutConfig",
     "RredcotConfig",
@@ -63,6 +65,7 @@ class Config:
         train: the optimisation.
         eval: held-out accuracy, sampled and greedy.
         checkpoint: what survives a crash.
+        report: which rollouts are kept token by token.
         backend: of cepo_kernels: auto, triton, cpu, cpu:avx512, cpu:avx2, cpu:portable or reference; `cepo doctor` says
             which run here.
         run_dir: where the run is kept; null: a fresh directory under runs/.
@@ -80,13 +83,14 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     backend: str = "auto"
     run_dir: str | None = None
 
     def check(self) -> Config:
         """Fill in what depends on a method's name. Raises InputError, in one line, for the first bad value."""
         for part in (self.policy, self.rollout, self.teacher, self.reward, self.advantage, self.credit,
-                     self.rredcot, self.loss, self.train, self.eval, self.checkpoint):  # fmt: skip
+                     self.rredcot, self.loss, self.train, self.eval, self.checkpoint, self.report):  # fmt: skip
             part.check()
         if self.loss.distils:
             for name in ("reward", "advantage", "credit"):
