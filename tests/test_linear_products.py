@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 
-from cepo_kernels import linear_divergence, linear_token_logprobs
+from cepo_kernels import backend_report, linear_divergence, linear_token_logprobs
 from cepo_kernels.backends import cpu
 from cepo_kernels.linear_products import Head, Products
 
@@ -123,3 +123,4 @@ def test_every_op_from_hidden_states_takes_them(monkeypatch):
     calls.clear()
     linear_token_logprobs(*leaves, labels, backend="reference").logprobs.sum().backward()
     assert not calls
+    assert "with bfloat16 products" in backend_report().extensions["cepo_kernels._cpu"]

@@ -17,10 +17,9 @@ namespace cepo {
 namespace {
 
 using Pair = uint32_t;
-constexpr int kLines = 16;                             // of a panel
-constexpr int kRows = 14;                              // of a tile, two panels wide: 28 sums leave four registers
-constexpr int64_t kDepth = 1024;                       // of a packed block
-constexpr int64_t kSummed = 512;                       // of that in registers
+constexpr int kLines = 16;        // of a panel
+constexpr int kRows = 14;         // of a tile, two panels wide: 28 sums leave four registers
+constexpr int64_t kDepth = 1024;  // of a block: long enough runs of each line for memory to keep up
 constexpr int64_t kPanel = (kDepth / 2 + 1) * kLines;  // pairs, one vector more than used: panels start in unlike sets
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -162,15 +161,12 @@ void avx512bf16_product(const Product& p, int64_t top, int64_t bottom, int64_t l
             const int64_t columns = std::min<int64_t>(right - column, 2 * kLines);
             pack(p.right, column, std::min<int64_t>(columns, kLines), k, depth, b.data);
             pack(p.right, column + kLines, columns - kLines, k, depth, b.data + kPanel);
-            for (int64_t from = 0; from == 0 || from < depth; from += kSummed) {
-                const int64_t pairs = (std::min(kSummed, depth - from) + 1) / 2, skipped = from / 2 * kLines;
-                panel = a.data;
-                for (int64_t row = top; row < bottom; row += kRows, panel += kPanel) {
-                    const auto run =
-                        tile_of(std::min<int64_t>(bottom - row, kRows), std::make_integer_sequence<int, kRows>());
-                    run(panel + skipped, b.data + skipped, pairs, p.out + row * p.out_stride + column, p.out_stride,
-                        columns, p.add || k + from > 0);
-                }
+            panel = a.data;
+            for (int64_t row = top; row < bottom; row += kRows, panel += kPanel) {
+                const int64_t rows = std::min<int64_t>(bottom - row, kRows);
+                const auto run = tile_of(rows, std::make_integer_sequence<int, kRows>());
+                run(panel, b.data, (depth + 1) / 2, p.out + row * p.out_stride + column, p.out_stride, columns,
+                    p.add || k > 0);
             }
         }
     }
