@@ -12,6 +12,7 @@ to the others: either all go on or none does. A process that dies is noticed by 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -212,6 +213,8 @@ def started() -> Iterator[Alone]:
         yield ALONE
         return
     many = Launched()
+    # Launchers end the others when one fails: that is to be told as well, and to leave the way any error does.
+    before = signal.signal(signal.SIGTERM, _told_to_end)
     try:
         yield many
     except (InputError, KeyboardInterrupt) as error:
@@ -222,4 +225,11 @@ def started() -> Iterator[Alone]:
         if not many.says_first():
             raise SystemExit(1) from None
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     many.leave()
+
+
+def _told_to_end(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    raise ProcessError("processes: the launcher ends this one, as it does when another has failed")

@@ -154,7 +154,10 @@ def _generate(
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
     with _own_generation_config(policy, max_new_tokens), policy.autocast():
         out = policy.model.generate(
-            input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([noise] if noise else [])
+            input_ids=ids,
+            attention_mask=mask,
+            logits_processor=LogitsProcessorList([noise] if noise else []),
+            synced_gpus=False,  # weights are whole here, and no process waits for another's longest
         )
     return [_until_end(row, policy.eos_ids) for row in out[:, width:].tolist()]
 

@@ -8,7 +8,7 @@ every process goes through as many passes as any other. A model that is not shar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from cepo.layers import decoder_layers
 T = TypeVar("T")
 _CALL = "_cepo_call"
 _RUNNING = "_cepo_running"
+_WHOLE = "_cepo_whole"
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -38,21 +39,28 @@ def shard(model: Any, device: torch.device, world: int) -> None:
         fully_shard(unit, mesh=mesh)
     for unit, before in zip(units, [model, *units[:-1]], strict=True):
         unit.set_gradient_divide_factor(1.0)  # losses are shares of one sum
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
         # Said once: else it follows the forward passes so far, of which processes have different numbers.
         unit.set_modules_to_backward_prefetch([before])
     setattr(model, _CALL, lambda function: function())
     register_fsdp_forward_method(model, _CALL)
     setattr(model, _RUNNING, False)
+    setattr(model, _WHOLE, False)
     model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)  # tells it who is the root
+    model.reshard()  # which the root does not do by itself, and the optimiser is to get what stays
 
 
-def forward(model: Any, function: Callable[[], T]) -> T:
-    """`function()`, which takes gradients through layers and head of `model`; what it returns holds the loss."""
+def forward(model: Any, function: Callable[[], T], teacher: Any = None) -> T:
+    """`function()`, which takes gradients through layers and head of `model`; what it returns holds the loss.
+
+    teacher: another model, whose head it reads beside that.
+    """
     if not is_sharded(model):
         return function()
     setattr(model, _RUNNING, True)
     try:
-        result: T = getattr(model, _CALL)(function)
+        with whole(teacher) if teacher not in (None, model) else nullcontext():
+            result: T = getattr(model, _CALL)(function)
     finally:
         setattr(model, _RUNNING, False)
     return result
@@ -61,7 +69,7 @@ def forward(model: Any, function: Callable[[], T]) -> T:
 @contextmanager
 def whole(model: Any) -> Iterator[None]:
     """All weights in every process, for passes without gradient; every process has to come here."""
-    if not is_sharded(model):
+    if not is_sharded(model) or getattr(model, _WHOLE):
         yield
         return
     units = _units(model)
@@ -70,9 +78,11 @@ def whole(model: Any) -> Iterator[None]:
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
+    setattr(model, _WHOLE, True)
     try:
         yield
     finally:
+        setattr(model, _WHOLE, False)
         for unit in units:
             unit.set_reshard_after_forward(unit is not model, recurse=False)
             unit.reshard()
@@ -86,12 +96,21 @@ def _units(model: Any) -> list[Any]:
 
 def weights(model: Any) -> dict[str, Tensor] | None:
     """All weights, for `save_pretrained`; None: those that the model itself has. Every process has to come here."""
-    return _gathered(model.state_dict()) if is_sharded(model) else None
+    if not is_sharded(model):
+        return None
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    once: dict[int, Any] = {}  # tied weights stay tied
+    for name, value in (state := model.state_dict()).items():
+        key = id(parameters.get(name, value))
+        state[name] = once[key] = once[key] if key in once else _collected(value)
+    return dict(state)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The state of the whole optimiser, the same for any number of processes. Every process has to come here."""
-    return {**(state := optimizer.state_dict()), "state": {k: _gathered(v) for k, v in state["state"].items()}}
+    state = optimizer.state_dict()
+    gathered = {index: {name: _collected(v) for name, v in values.items()} for index, values in state["state"].items()}
+    return {**state, "state": gathered}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -118,14 +137,12 @@ def _to_local(tensor: Any) -> Tensor:
     return part
 
 
-def _gathered(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Kept by the first process, which writes them; the others only give."""
-    return {name: _collected(t) if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
-
-
-def _collected(tensor: Any) -> Tensor | None:
-    whole_tensor: Tensor = tensor.full_tensor()
-    return whole_tensor.cpu() if torch.distributed.get_rank() == 0 else None
+def _collected(value: Any) -> Any:
+    """The whole of a divided tensor, for the first process, which writes it; the others only give."""
+    if not hasattr(value, "full_tensor"):
+        return value
+    collected = value.full_tensor()
+    return collected.cpu() if torch.distributed.get_rank() == 0 else None
 
 
 def _part(value: Any, parameter: Any) -> Any:

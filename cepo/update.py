@@ -103,7 +103,7 @@ def credit_ahead(
             made = parts.token_advantages(
                 parts, batch, passes_of(parts, share_of(parts, needed)), rewards, success, step
             )
-        ahead.advantages[places] = made.advantages
+        ahead.advantages[places] = made.advantages.float()
         _scatter(ahead.tokens, _kept(made.tokens), places)
         ahead.statistics.update(made.statistics)
     return replace(batch, ahead=ahead)
@@ -129,6 +129,7 @@ def update(
             found.append((rows, _kept({"entropy": entropy(parts, batch, rows, clock)})))
     passes = passes_for(parts, batch, active)
     one_pass: Callable[..., Any] = distillation_loss if parts.distillation else policy_loss
+    teacher = parts.self_teacher and parts.self_teacher.model
     behaviour: list[Any] = []
     losses, norms, clipped, skipped = [], [], [torch.zeros(1)], 0
 
@@ -136,7 +137,7 @@ def update(
         loss = 0.0
         for number, (rows, acts, of) in enumerate(passes):
             before = None if round_ == 0 else behaviour[number]
-            result = forward(model, partial(one_pass, parts, of, rows, before, clock))
+            result = forward(model, partial(one_pass, parts, of, rows, before, clock), teacher)
             if round_ == 0:
                 behaviour.append(result.credit)
                 if acts:
