@@ -217,19 +217,15 @@ def started() -> Iterator[Alone]:
     before = signal.signal(signal.SIGTERM, _told_to_end)
     try:
         yield many
-    except (InputError, KeyboardInterrupt) as error:
-        if many.rank:  # the first one has it too
-            raise SystemExit(2 if isinstance(error, InputError) else 130) from None
-        raise
-    except ProcessError:
-        if not many.says_first():
-            raise SystemExit(1) from None
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # on its way out, with perhaps a word to say
+        shared = isinstance(error, (InputError, KeyboardInterrupt))  # the first process has it too
+        if many.says_first() if isinstance(error, ProcessError) else not (shared and many.rank):
+            raise
+        raise SystemExit(2 if isinstance(error, InputError) else 1) from None
+    signal.signal(signal.SIGTERM, before)
     many.leave()
 
 
 def _told_to_end(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_DFL)
     raise ProcessError("processes: the launcher ends this one, as it does when another has failed")
