@@ -10,58 +10,22 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import statistics
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import byte_model
 import contenders
+import gpu_linear
 import torch
 import tune
+from events import Call, medians
 from torch import Tensor
 
 import cepo_kernels
 from cepo_kernels import backends
 
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
-ROUNDS = 15
-Call = Callable[[], Any]
-
-
-def timed(call: Call) -> float:
-    """Milliseconds of one call on the device."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop)
-
-
-def medians(calls: dict[str, Call]) -> tuple[dict[str, float], dict[str, int], dict[str, str]]:
-    """Median milliseconds and peak bytes beyond the inputs of each, and why others could not run."""
-    peak: dict[str, int] = {}
-    absent: dict[str, str] = {}
-    for name, call in list(calls.items()):
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            for _ in range(3):  # compiles, and warms up
-                call()
-            torch.cuda.synchronize()
-            peak[name] = torch.cuda.max_memory_allocated() - before
-        except Exception as error:  # whatever a contender may raise, the others shall be measured
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            del calls[name]
-            torch.cuda.empty_cache()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            times[name].append(timed(call))
-    return {name: statistics.median(values) for name, values in times.items()}, peak, absent
 
 
 def inputs(rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[list[Tensor], tuple[Tensor, ...]]:
@@ -215,7 +179,7 @@ def main() -> None:
             for name, reason in found["absent"].items():
                 print(f"  {name:16}{reason}")
             torch.cuda.empty_cache()
-    measured: dict[str, Any] = {"groups": groups}
+    measured: dict[str, Any] = {"groups": groups, "linear": list(gpu_linear.groups())}
     if arguments.tune:
         lines = tune.launches(partial(fused_triton, arguments.rows))
         measured["tables"] = tune.source(lines, tune.fastest(groups, torch.cuda.get_device_capability()))
@@ -224,7 +188,7 @@ def main() -> None:
         machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
                    "date": datetime.date.today().isoformat()}  # fmt: skip
         arguments.results.write_text(json.dumps({"machine": machine, **measured}, indent=1) + "\n")
-        draw(groups, arguments.results.with_suffix(".png"))
+        draw([*groups, *measured["linear"]], arguments.results.with_suffix(".png"))
 
 
 def draw(groups: list[dict[str, Any]], path: Path) -> None:
@@ -241,7 +205,7 @@ def draw(groups: list[dict[str, Any]], path: Path) -> None:
         axis.set_title(found["title"], fontsize=8, loc="left")
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.tick_params(labelsize=7)
-    axes[-1].set_xlabel("share of the speed of moving the bytes and nothing else")
+    axes[-1].set_xlabel("share of the speed of moving the bytes, or of the matrix products, and nothing else")
     figure.savefig(path, dpi=120)
 
 

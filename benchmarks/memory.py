@@ -13,10 +13,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from conftest import machine
-from test_linear import Run, eager, peers
+from linear_contenders import Run, eager, peers
 
 import cepo_kernels
 
@@ -38,6 +39,18 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def merge(path: Path, found: dict[str, Any]) -> None:
+    """Write into a JSON file what was found, and leave what else it holds; dictionaries are merged, too."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    for name, value in found.items():
+        kept[name] = {**kept.get(name, {}), **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+
+
 def run(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, name: str) -> None:
     contenders()[name](hidden, weight, labels).sum().backward()
 
@@ -49,7 +62,7 @@ def measure(name: str, rows: int, width: int, vocabulary: int) -> int:
     weight = torch.empty(vocabulary, width, dtype=DTYPE).normal_(std=0.02).requires_grad_()
     labels = torch.randint(vocabulary, (rows,))
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    forget_peak()
     run(hidden, weight, labels, name)
     return status("VmHWM") - before - hidden.nbytes - weight.nbytes - 4 * weight.numel()
 
@@ -79,7 +92,7 @@ def main() -> None:
             print(f"N = {rows:6,}  {name:20} {said}", flush=True)
     if args.results:
         shape = {"width": args.width, "vocabulary": args.vocabulary, "dtype": str(DTYPE)}
-        args.results.write_text(json.dumps({"machine": machine(), **shape, "measured": found}, indent=1) + "\n")
+        merge(args.results, {"machine": machine(), **shape, "measured": found})
 
 
 if __name__ == "__main__":

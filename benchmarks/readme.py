@@ -66,6 +66,18 @@ def memory() -> str:
     return "\n".join(lines)
 
 
+def updates() -> str:
+    """MiB and seconds of one update of the trainer, from hidden states and by logits."""
+    lines = ["| one update | | MiB beyond the model | seconds |", "|---|---|---:|---:|"]
+    for model, about in _measured("memory.json")["updates"].items():
+        what = f"{model}, {about['tokens']} tokens"
+        lines += [
+            f"| {what} | {row['name']} | {row['bytes'] / 2**20:,.0f} | {row['seconds']:.2f} |"
+            for row in about["measured"]
+        ]
+    return "\n".join(lines)
+
+
 def _measured(name: str) -> dict[str, Any]:
     measured: dict[str, Any] = json.loads((RESULTS / name).read_text())
     return measured
@@ -142,6 +154,67 @@ def _gpu_table(cells: dict[tuple[int, str], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+LINEAR_COLUMNS = [(rows, width) for rows in (4096, 8192) for width in (2048, 4096)]
+LINEAR_ROWS = (  # what, wanted, and the cell
+    ("forward, three contexts", ">= 90 % of cuBLAS's own time", lambda at: _of_products(at, "forward")),
+    ("log-probs with gradient, frozen head", "", lambda at: _of_products(at, "frozen head")),
+    ("log-probs with gradient, trained head", "", lambda at: _of_products(at, "trained head")),
+    ("policy loss with gradients", ">= 88 %", lambda at: _of_products(at, "policy loss")),
+    ("against TRL: forward, trained head, policy loss", ">= 1.2x forward", lambda at: _than(at, "TRL")),
+    ("against torch.compile", "ahead", lambda at: _than(at, "torch.compile")),
+    ("against Liger", "ahead", lambda at: _than(at, "Liger")),
+    ("against F.linear_cross_entropy", "ahead", lambda at: _than(at, "F.linear_cross_entropy")),
+    ("policy loss: MiB beyond the inputs, cepo's and eager's", "",
+     lambda at: f"{_row(at['policy loss'], 'cepo')['peak_mib']:,.0f}, {_mib(at['policy loss'], 'eager')}"),
+)  # fmt: skip
+
+
+def gpu_linear() -> str:
+    """From hidden states: a table for each GPU that has been measured, or the one that waits."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu-*.json"))]
+    found = [measured for measured in found if "linear" in measured]
+    if not found:
+        return f"Not yet measured.\n\n{_gpu_linear_table([])}"
+    return "\n\n".join(
+        f"{of['machine']['gpu']}, torch {of['machine']['torch']}, {of['machine']['date']}; cepo with 4 GiB of logits, "
+        f"memory without.\n\n{_gpu_linear_table(of['linear'])}"
+        for of in found
+    )
+
+
+def _gpu_linear_table(groups: list[dict[str, Any]]) -> str:
+    cells: dict[tuple[int, int], dict[str, Any]] = {}
+    for group in groups:
+        cells.setdefault((group["n"], group["width"]), {})[group["kind"]] = group
+    titles = [f"N = {rows}, H = {width}" for rows, width in LINEAR_COLUMNS]
+    lines = ["| bf16, V = 151,936 | wanted | " + " | ".join(titles) + " |", "|---|---|" + "---:|" * len(titles)]
+    for what, wanted, cell in LINEAR_ROWS:
+        found = [cell(cells[column]) if column in cells else "" for column in LINEAR_COLUMNS]
+        lines.append(f"| {what} | {wanted} | " + " | ".join(found) + " |")
+    return "\n".join(lines)
+
+
+def _row(group: dict[str, Any], name: str) -> dict[str, Any]:
+    return next((row for row in group["rows"] if row["name"].startswith(name)), {})
+
+
+def _of_products(at: dict[str, Any], kind: str) -> str:
+    return f"{_row(at[kind], 'cepo, 4 GiB')['share']:.0%}"
+
+
+def _than(at: dict[str, Any], name: str) -> str:
+    """Times that cepo is faster, of each kind in which the other takes part; a dash where it could not run."""
+    found = []
+    for kind in ("forward", "trained head", "policy loss"):
+        other = _row(at[kind], name)
+        found.append(f"{other['ms'] / _row(at[kind], 'cepo, 4 GiB')['ms']:.2f}x" if other else "-")
+    return ", ".join(found)
+
+
+def _mib(group: dict[str, Any], name: str) -> str:
+    return f"{row['peak_mib']:,.0f}" if (row := _row(group, name)) else "-"
+
+
 def _best(group: dict[str, Any]) -> dict[str, Any]:
     """Ours."""
     return min((row for row in group["rows"] if row["name"] in ("cuda", "triton")), key=lambda row: row["ms"])
@@ -178,7 +251,13 @@ def learning() -> str:
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"speed": speed, "gpu": gpu, "learning": learning},
-    "docs/performance.md": {"logits": logits, "linear": linear, "memory": memory},
+    "docs/performance.md": {
+        "logits": logits,
+        "linear": linear,
+        "memory": memory,
+        "updates": updates,
+        "gpu-linear": gpu_linear,
+    },
 }
 
 

@@ -8,15 +8,14 @@ loss over three contexts. "16-bit logits" is `logits_dtype=bfloat16`, what the p
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from interleaved import Turns
+from linear_contenders import Run, gradient, peers
 from torch import Tensor
 
 import cepo_kernels
@@ -26,33 +25,6 @@ ROWS, WIDTH, VOCABULARY = 512, 1024, 49_152
 ROUNDS = 3
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PRODUCTS = {"forward": 1, "forward+backward": 4, "frozen head": 2, "policy loss": 5}
-
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return F.linear(hidden, weight).float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-
-
-def peers() -> dict[str, Run]:
-    found: dict[str, Run] = {"torch.compile": torch.compile(eager, fullgraph=True, dynamic=False), "eager": eager}
-    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        options = torch.nn.LinearCrossEntropyOptions()
-        found["F.linear_cross_entropy"] = lambda hidden, weight, labels: (
-            -F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options)
-        )
-    with contextlib.suppress(ImportError):
-        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-        found["TRL chunked_logprob"] = lambda hidden, weight, labels: ChunkedLogProbFunction.apply(
-            hidden, weight, None, labels, 1.0, 32768, None, 1.0, ()
-        )[0]
-    return found
-
-
-def gradient(run: Run, hidden: Tensor, weight: Tensor, labels: Tensor, frozen: bool) -> None:
-    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)
-    run(hidden, weight, labels).sum().backward()
 
 
 def made_again(call: Callable[[], Any]) -> Callable[[], Any]:

@@ -1,6 +1,7 @@
 """Run directories and checkpoints: complete or absent, never half there.
 
     <run>/config.yaml  metrics.jsonl  curves.png  .lock
+    <run>/tokens/step-000020.json    rollouts token by token, for `cepo tokens`
     <run>/teacher.pt                 weights of a fixed teacher, as it never changes
     <run>/checkpoints/step-000020/   a model that `from_pretrained` loads, its tokenizer, and
                                      state.pt       the optimizer's, and that of `advantage.alpha: auto` and of

@@ -1,4 +1,4 @@
-"""The command line: `cepo train | eval | diagnose | compare | doctor`, YAML and `--section.key value` on top of it."""
+"""The command line: `cepo train`, `eval`, `diagnose` and so on; YAML and `--section.key value` on top of it."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ _EPILOG = {
     "eval": "examples: cepo eval --policy.model runs/NAME | cepo eval --eval.split test --eval.problems 2000",
     "diagnose": "examples: cepo diagnose | cepo diagnose --policy.model runs/NAME --diagnose.batches 8 --out FILE.json",
     "compare": "examples: cepo compare examples/compare/addition.yaml | cepo compare PLAN.yaml --limit-seconds 3600",
+    "tokens": "examples: cepo tokens runs/NAME | cepo tokens runs/NAME --by evidence --html tokens.html",
+    "plot": "examples: cepo plot runs/NAME | cepo plot runs/ONE runs/OTHER --out both.svg",
     "doctor": "takes no arguments",
 }
 _SUMMARY = {
@@ -34,6 +36,8 @@ _SUMMARY = {
     "eval": "held-out accuracy of a model, sampled and greedy",
     "diagnose": "does credit find the mistake, does it leak answers, how noisy is its gradient; a model, every method",
     "compare": "methods x tasks x seeds from one plan, and a table of what each is worth; the same command continues",
+    "tokens": "the credit of a run's rollouts, token by token, in the terminal or as a page",
+    "plot": "the curves of a run, or of several over each other, as a picture",
     "doctor": "which backend runs here, and whether it computes what it should",
 }
 
@@ -100,11 +104,16 @@ def _run(arguments: list[str]) -> int:
         from cepo.compare import command as compare
 
         return compare.main(_parser("compare"), arguments[1:])
+    if command in ("tokens", "plot"):
+        from cepo.report import command as report
+
+        return {"tokens": report.tokens, "plot": report.plot}[command](_parser(command), arguments[1:])
     return {"train": _train, "eval": _eval, "diagnose": _diagnose}[command](arguments[1:])
 
 
 def _parser(command: str) -> _Parser:
-    usage = {"doctor": "", "compare": " PLAN.yaml [--out DIR] [options]"}
+    usage = {"doctor": "", "compare": " PLAN.yaml [--out DIR] [options]", "tokens": " RUN [options]",
+             "plot": " RUN [RUN ...] [--out FILE]"}  # fmt: skip
     return _Parser(
         prog=f"cepo {command}",
         usage=f"cepo {command}{usage.get(command, ' [--config FILE] [--section.key value ...]')}",

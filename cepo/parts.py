@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cepo import axes, distil
+from cepo import axes, distil, rollout
 from cepo.config import Config
 from cepo.credit import TokenAdvantages
 from cepo.distil import SelfTeacher
@@ -151,6 +151,21 @@ def held_out(parts: Parts) -> list[Problem]:
         return parts.task.split(parts.config.eval.split, parts.config.eval.problems)
     except ValueError as error:
         raise InputError(one_line(error)) from error
+
+
+def roll_out(parts: Parts, problems: Sequence[Problem], key: tuple[int, int]) -> Rollouts:
+    """A group of responses to each problem as the config says, with the noise of `key`, (seed, step)."""
+    config = parts.config.rollout
+    return rollout.sample(
+        parts.policy,
+        problems,
+        group_size=config.group_size,
+        max_new_tokens=parts.max_new_tokens,
+        temperature=config.temperature,
+        key=key,
+        batch_size=config.batch_size,
+        processes=parts.processes,
+    )
 
 
 def score(

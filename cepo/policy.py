@@ -36,6 +36,7 @@ from cepo_kernels import (
     linear_token_logprobs,
     token_logprobs,
 )
+from cepo_kernels.head import logit_options
 
 EMBEDDED = Path(__file__).parent / "assets" / "addition-0.8m"
 
@@ -130,14 +131,7 @@ def make_policy(model: Any, tokenizer: Any, compute_dtype: torch.dtype = torch.f
             "policy.model: expected an end-of-sequence token in the model's or tokenizer's config, got none"
         )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
-    config = model.config.get_text_config()
-    options: dict[str, Any] = {}
-    if getattr(config, "final_logit_softcapping", None):
-        options["logit_softcap"] = float(config.final_logit_softcapping)
-    if getattr(config, "logit_scale", None):
-        options["logit_scale"] = float(config.logit_scale)
-    if getattr(config, "logits_scaling", None):
-        options["logit_scale"] = 1 / float(config.logits_scaling)
+    options = logit_options(model.config)
     context = context_length(model)
     split = _head_is_separable(model, options, eos_ids[0])
     return Policy(model, tokenizer, tuple(eos_ids), pad_id, context, compute_dtype, split, options if split else {})

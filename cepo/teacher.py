@@ -41,6 +41,8 @@ class Teachers:
     """(B,) index into `prefixes`."""
     negative: list[int | None] = field(default_factory=list)
     """(B,) index into `prefixes`; None: no r-."""
+    answers: list[str] = field(default_factory=list)
+    """(K,) the answer that each prefix states."""
     statistics: dict[str, float] = field(default_factory=dict)
 
 
@@ -105,6 +107,7 @@ def build(
         if tuple(ids) not in known:
             known[tuple(ids)] = len(teachers.prefixes)
             teachers.prefixes.append(ids)
+            teachers.answers.append(answer)
         return known[tuple(ids)]
 
     def usable(b: int) -> bool:

@@ -20,7 +20,7 @@ it had never stopped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,8 @@ from cepo import checkpoint, distil, metrics, rollout, sharding, teacher
 from cepo.credit import lam_at
 from cepo.errors import InputError
 from cepo.metrics import Clock, mean
-from cepo.parts import Parts, held_out, judge, problems_of, score, training_problems
+from cepo.parts import Parts, held_out, judge, problems_of, roll_out, score, training_problems
+from cepo.report.samples import Recorder
 from cepo.rewards import is_success
 from cepo.update import Batch, credit_ahead, make_batch, update
 
@@ -56,7 +57,12 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
         many.first("teacher.pt", partial(parts.self_teacher.begin, run))
     if parts.self_teacher and parts.self_teacher.model is not parts.policy.model:
         place(parts, parts.self_teacher.model)
-    many.first("metrics", lambda: metrics.cut_back(run, None if start is None else done))
+    kept = None if start is None else done
+    many.first("metrics", lambda: metrics.cut_back(run, kept))
+    # The first process keeps samples, as it writes all that is written.
+    recorder = many.together("tokens", lambda: None if many.rank else Recorder(parts, run, kept))
+
+    def nothing() -> None: ...
 
     def record(kind: str, step: int, values: Record) -> Record:
         line = {"kind": kind, "step": step, **values}
@@ -76,9 +82,10 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
         if start is None:
             yield record("eval", 0, evaluate(parts))
         for step in range(done + 1, config.train.steps + 1):
-            values = train_step(parts, optimizer, step)
+            values = train_step(parts, optimizer, step, recorder.observe if recorder else None)
             done = step
             yield record("train", step, values)
+            many.together("tokens", recorder.write if recorder else nothing)
             last = step == config.train.steps
             if last or (config.eval.every and step % config.eval.every == 0):
                 yield record("eval", step, evaluate(parts))
@@ -136,22 +143,15 @@ def evaluate(parts: Parts) -> Record:
     return {**result, "seconds": clock.total()}
 
 
-def train_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Record:
-    """One step of the algorithm; returns what there is to say about it."""
+def train_step(
+    parts: Parts, optimizer: torch.optim.Optimizer, step: int, observe: Callable[..., None] | None = None
+) -> Record:
+    """One step of the algorithm; returns what there is to say about it. `observe` is shown its tokens."""
     config = parts.config
     clock = Clock(parts.policy.device)
     with clock.phase("rollout"):
         problems = problems_of(parts, step)
-        rollouts = rollout.sample(
-            parts.policy,
-            problems,
-            group_size=config.rollout.group_size,
-            max_new_tokens=parts.max_new_tokens,
-            temperature=config.rollout.temperature,
-            key=(config.train.seed, step),
-            batch_size=config.rollout.batch_size,
-            processes=parts.processes,
-        )
+        rollouts = roll_out(parts, problems, (config.train.seed, step))
     with clock.phase("reward"):
         rewards = score(parts, rollouts)
         scores = rewards if config.reward.name == "verifier" else judge(parts, rollouts)
@@ -175,6 +175,8 @@ def train_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Rec
     batch = make_batch(parts, rollouts, advantages, teachers, lam, contexts and contexts.ids)
     batch = credit_ahead(parts, batch, rewards, success, step, clock)
     tokens, updated = update(parts, optimizer, batch, clock)
+    if observe:
+        observe(step, batch, rewards, success, tokens)
     if parts.adaptive:  # at the end: a step that fails must leave no trace, since it will be taken again
         parts.adaptive.observe(rewards_PG, squared_scores(rollouts, tokens).view_as(rewards_PG))
     return {

@@ -141,7 +141,8 @@ def update(
             if round_ == 0:
                 behaviour.append(result.credit)
                 if acts:
-                    names = ("entropy", "evidence", "weight", "logprobs", "divergence")
+                    names = ("entropy", "evidence", "weight", "logprobs", "divergence", "positive_logprobs",
+                             "negative_logprobs", "advantages")  # fmt: skip
                     found.append((rows, _kept({name: getattr(result.credit, name, None) for name in names})))
             with clock.phase("update"):
                 result.loss.backward()

@@ -152,7 +152,8 @@ def check_head(
         if tensor.dtype not in LOGITS_DTYPES:
             raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {tensor.dtype}")
         if tensor.ndim != dimensions or (tensor.numel() == 0 and not sharded):
-            hint = "; under ZeRO-3 call a LogprobHead, which gathers it" if tensor.numel() == 0 else ""
+            gathers = "; under ZeRO-3 call a LogprobHead, which gathers it, or use deepspeed.zero.GatheredParameters"
+            hint = gathers if tensor.numel() == 0 else ""
             shape = "(V, H)" if dimensions == 2 else "(V,)"
             raise ValueError(f"{name}: expected shape {shape}, not empty, got {tuple(tensor.shape)}{hint}")
         _same_device(name, tensor, labels, rows)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, divergence_ops, linear_divergence_ops
+from .contrastive import beside
 from .linear import _cast, _needs
 from .policy_loss import detached
 
@@ -163,7 +164,7 @@ def _how(
     checks.check_divergence(kind, top_k)
     checks.check_row_values("mask", mask, rows, boolean=True)
     checks.check_row_values("token_weight", token_weight, rows)
-    weight = detached(token_weight)
+    weight, mask = beside(token_weight, rows), beside(mask, rows)
     if mask is not None:
         weight = mask.to(torch.float32) if weight is None else torch.where(mask, weight, 0.0)
     return (

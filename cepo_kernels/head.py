@@ -73,15 +73,11 @@ def use_logprob_head(model: Any) -> LogprobHead:
         return head
     if "forward" in vars(head):
         raise TypeError("model: expected output embeddings with their class's forward, got one that was replaced")
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise TypeError(
-                f"model: expected one whose logits are its head's output, got {name} = {getattr(config, name)}; call "
-                "linear_token_logprobs with logit_scale or logit_softcap"
-            )
+    if options := logit_options(getattr(model, "config", None)):
+        raise TypeError(
+            f"model: expected one whose logits are its head's output, got a config that asks for {options}; call "
+            "linear_token_logprobs with that"
+        )
     if type(head) is not nn.Linear:
         why = "; merge or leave out the adapter of the head" if hasattr(head, "base_layer") else ""
         why = "; call this before fully_shard" if type(head).__name__.startswith("FSDP") else why
@@ -95,6 +91,15 @@ def restore_head(model: Any) -> None:
     head = _head(model)
     if type(head) is LogprobHead:
         head.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+def logit_options(config: Any) -> dict[str, float]:
+    """The ops' ``logit_softcap`` and ``logit_scale`` that a transformers config asks for, where they do anything."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale, divisor = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+    options = {"logit_softcap": float(cap)} if cap else {}
+    return options if scale == divisor else {**options, "logit_scale": scale / divisor}
 
 
 def _head(model: Any) -> Any:

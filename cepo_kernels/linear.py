@@ -157,6 +157,7 @@ def linear_contrastive_policy_loss(
             hidden_size=weight.shape[1],
             logits_dtype=logits_dtype,
             **arguments,
+            **dict(zip(_NAMES, contexts, strict=True)),
         )
     policy, positive, negative = contexts
     weight, bias = meeting.true(weight, 0), meeting.true(bias)
@@ -192,6 +193,7 @@ def _forward(
             hidden_size=weight.shape[1],
             logits_dtype=logits_dtype,
             **arguments,
+            **dict(zip(names, contexts, strict=True)),
         )
     policy, positive, negative = contexts
     weight, bias = meeting.true(weight, 0), meeting.true(bias)

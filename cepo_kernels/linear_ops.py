@@ -98,7 +98,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     checks.check_values(labels, ignore_index, lam, eps_w, temperature, logit_scale, logit_softcap)
     outputs, *kept = _forward_buffers(
-        policy, positive, negative, weight, bias, labels, advantages, return_entropy, keep, logits_dtype, backend
+        policy, positive, negative, weight, bias, labels, advantages, return_entropy, keep, logits_dtype
     )
     _zeroed(outputs)
     options = RowOptions(temperature, logit_scale, logit_softcap, ignore_index)
@@ -151,13 +151,12 @@ def _stand_ins(
 
 def _forward_buffers(
     policy: Tensor, positive: Tensor | None, negative: Tensor | None, weight: Tensor, bias: Tensor | None,
-    labels: Tensor, advantages: Tensor | None, *flags: Any,
+    labels: Tensor, advantages: Tensor | None, return_entropy: bool, keep: str, logits_dtype: torch.dtype | None,
 ) -> tuple[ForwardOutputs, Tensor, Tensor]:  # fmt: skip
     """Outputs; and what is kept for the backward: of SLOPES the gradients of log p and of the entropy in the hidden
     states, (N, H); of LOGITS the policy's logits, (N, V)."""
-    return_entropy, keep, logits_dtype, _ = flags[-4:]
     stand_ins = _stand_ins(policy, positive, negative, weight, logits_dtype)
-    outputs = ops.forward_buffers(*stand_ins, labels, advantages, return_entropy, "")
+    outputs = ops.forward_buffers(*stand_ins, labels, advantages, return_entropy)
     if keep == LOGITS:
         return outputs, stand_ins[0].new_empty((labels.numel(), weight.shape[0])), stand_ins[0].new_empty(0)
 
@@ -306,8 +305,8 @@ def _empty_gradients(
     )
 
 
-def _fake_forward(policy: Tensor, positive: Any, negative: Any, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    outputs, *kept = _forward_buffers(policy, positive, negative, weight, *rest)
+def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
+    outputs, *kept = _forward_buffers(*inputs[:7], *inputs[-4:-1])
     return (*outputs, *kept)
 
 

@@ -27,7 +27,7 @@ def loss_buffers(
     policy: Tensor, positive: Tensor | None, negative: Tensor | None, labels: Tensor, advantages: Tensor,
     with_entropy: bool, with_gradient: bool,
 ) -> LossOutputs:  # fmt: skip
-    forward = ops.forward_buffers(policy, positive, negative, labels, advantages, with_entropy, "")
+    forward = ops.forward_buffers(policy, positive, negative, labels, advantages, with_entropy)
     return LossOutputs(
         forward._replace(stats=forward.stats.new_empty(0)),
         losses=torch.empty_like(forward.logprobs),

@@ -43,10 +43,9 @@ def forward_buffers(
     negative: Tensor | None,
     labels: Tensor,
     advantages: Tensor | None,
-    *others: Any,
+    return_entropy: bool,
 ) -> ForwardOutputs:
     """Unfilled outputs in the labels' shape; also what `torch.compile` is told the op returns."""
-    return_entropy = others[-2]
     logits = (policy, positive, negative)
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in logits)
     dtype = torch.float64 if wide else torch.float32
@@ -83,7 +82,7 @@ def _forward(
     return_entropy: bool,
     backend: str,
 ) -> ForwardOutputs:
-    outputs = forward_buffers(policy, positive, negative, labels, advantages, return_entropy, backend)
+    outputs = forward_buffers(policy, positive, negative, labels, advantages, return_entropy)
     chosen = backends.choose(backend, policy.device.type, outputs.logprobs.dtype)
     check_values(labels, ignore_index, lam, eps_w, temperature, logit_scale, logit_softcap)
     if labels.numel() == 0:
@@ -238,7 +237,7 @@ def refuse_create_graph() -> None:
 library.impl("forward", _forward, "CompositeExplicitAutograd")
 library.impl("logits_grad", _logits_grad, "CompositeExplicitAutograd")
 library.impl("logits_grad_", _logits_grad_in_place, "CompositeExplicitAutograd")
-torch.library.register_fake("cepo_kernels::forward", lambda *a: tuple(forward_buffers(*a)), lib=library)
+torch.library.register_fake("cepo_kernels::forward", lambda *a: tuple(forward_buffers(*a[:5], *a[-2:-1])), lib=library)
 torch.library.register_fake("cepo_kernels::logits_grad", lambda policy, *_: policy.new_empty(policy.shape), lib=library)
 torch.library.register_fake("cepo_kernels::logits_grad_", lambda policy, *_: None, lib=library)
 torch.library.register_autograd("cepo_kernels::forward", _backward, setup_context=save_for_backward, lib=library)

@@ -8,6 +8,7 @@ what one calls its ``tp_group`` is no group: then it has nobody to tell.)
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Callable
 from types import TracebackType
@@ -65,7 +66,10 @@ class Meeting:
         return self
 
     def bring(self, tensors: list[Tensor | None], columns: int, **facts: Any) -> None:
-        """What this rank has: logits or hidden states and head, its columns, and arguments that all ranks share."""
+        """What this rank has: logits or hidden states and head, its columns, and arguments that all ranks share.
+
+        Of a shared tensor with one more dimension than the labels, hidden states, the scored rows count.
+        """
         if self.group is None:
             return
         for name, value in (("vocab_size", self.vocab_size), ("vocab_start", self.vocab_start)):
@@ -112,11 +116,12 @@ class Meeting:
 
     def _status(self, names: list[str]) -> list[int | Tensor]:
         labels = self.facts["labels"]
-        scored = labels[labels != self.ignore_index]
-        lowest, highest = (scored.min(), scored.max()) if scored.numel() else (0, 0)
+        scored = labels != self.ignore_index
+        chosen = labels[scored]
+        lowest, highest = (chosen.min(), chosen.max()) if chosen.numel() else (0, 0)
         start, size = (-1 if value is None else value for value in (self.vocab_start, self.vocab_size))
-        fixed = [0, _number(names), self.brought, start, lowest, highest, size, labels.numel()]
-        return [*fixed, *map(_number, self.facts.values())]
+        fixed = [0, _number(names, scored), self.brought, start, lowest, highest, size, labels.numel()]
+        return [*fixed, *(_number(value, scored) for value in self.facts.values())]
 
     def _conclude(self, names: list[str], statuses: list[list[int]]) -> None:
         told = [dict(zip(names, status, strict=False)) for status in statuses]
@@ -158,6 +163,7 @@ def _difference(name: str, first: int, second: int, rank: int) -> str:
             f"{what}: expected the same{rows} on every rank, got {values[0]} on rank 0 and {values[1]} on rank {rank}"
         )
     hint = "; under FSDP call a LogprobHead, which gathers the head" if name == "labels" else ""
+    hint = "; broadcast what one of them has" if name.endswith(("hidden", "hidden_states")) else hint
     return f"{name}: expected the same on every rank of tp_group, but rank {rank} differs from rank 0{hint}"
 
 
@@ -199,16 +205,22 @@ def _check_group(group: Any) -> None:
         raise ValueError("tp_group: expected a group that this process belongs to")
 
 
-def _number(value: Any) -> int | Tensor:
+def _number(value: Any, scored: Tensor) -> int | Tensor:
     """An int64 that tells values apart: a checksum of a tensor's bits, where it lives, or of anything's repr."""
     if not isinstance(value, Tensor):
         return zlib.crc32(repr(value).encode())
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-    flat = value.detach().contiguous().view(-1).view(bits).long()
-    kind = zlib.crc32(repr((value.dtype, tuple(value.shape))).encode())
-    # Odd factors: each is invertible modulo 2^64, so that one changed value always shows.
-    factors = torch.arange(flat.numel(), device=flat.device) * 0x5851F42D4C957F2E + 0x14057B7EF767814F
-    return (flat * factors).sum() + kind
+    value = value.detach()
+    found: Tensor | int = zlib.crc32(repr((value.dtype, tuple(value.shape))).encode())
+    # A fresh copy either way, so that several of its elements may be read as one integer.
+    rows = value[scored] if value.ndim > scored.ndim else value.clone().reshape(1, -1)
+    size = math.gcd(8, rows.shape[1] * rows.element_size()) if rows.numel() else rows.element_size()
+    bits = rows.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).long()
+    for _ in range(bits.ndim):
+        # Odd factors: each is invertible modulo 2^64, so that one changed integer always shows.
+        factors = torch.arange(bits.shape[-1], device=bits.device) * 0x5851F42D4C957F2E + 0x14057B7EF767814F
+        bits = (bits * factors).sum(-1)
+    found += bits
+    return found
 
 
 def local_head(weight: Tensor, bias: Tensor | None, where: Where) -> tuple[Tensor, Tensor | None, Where]:

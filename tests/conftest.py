@@ -16,6 +16,9 @@ from cepo_kernels import backends
 settings.register_profile("one-seed", derandomize=True, deadline=None, database=None, max_examples=25)
 settings.load_profile("one-seed")
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # or they would wait for each other's threads
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
 BACKENDS: list[Any] = ["reference", "cpu:portable", "cpu:avx2", "cpu:avx512"]
 if torch.cuda.is_available():
     BACKENDS += [pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda", "cuda:streaming")]

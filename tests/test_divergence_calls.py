@@ -13,6 +13,7 @@ from divergence_oracle import CUTS, KINDS, ROWS, VARIANTS, pair, run
 
 import cepo_kernels
 from cepo_kernels import backends, divergence, divergence_ops
+from cepo_kernels.divergence import _how
 
 pytestmark = pytest.mark.usefixtures("poisoned", "_has_divergence")
 
@@ -284,3 +285,11 @@ def test_float64_is_the_references(backend):
             divergence(oracle.place(backend, student.double()), oracle.place(backend, teacher), backend=backend)
     want, *_ = textbook.expected(student, teacher)
     np.testing.assert_allclose(divergence(student.double(), teacher).numpy(), want, rtol=1e-13)
+
+
+def test_a_0_d_mask_or_weight_of_the_cpu_goes_to_the_rows_device():
+    """Where a kernel reads its address."""
+    rows, one = torch.zeros(2, 3, device="meta"), torch.ones(())
+    for mask, weight in ((one > 0, None), (None, one), (one > 0, one)):
+        found = _how(rows, "jsd", 0.5, mask, None, None, 1.0, weight, 1.0, None)
+        assert found[0].device.type == "meta"

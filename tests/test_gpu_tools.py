@@ -21,6 +21,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 import contenders  # noqa: E402
 import dram  # noqa: E402
+import gpu_linear  # noqa: E402
 import readme  # noqa: E402
 import tune  # noqa: E402
 
@@ -158,6 +159,49 @@ def test_contenders_are_named_with_their_versions_or_why_they_are_absent(monkeyp
     want = contenders.with_gradient(contenders.eager)(logits[0], *rest)
     for got, value in zip(contenders.with_gradient(found["Liger 1.2"])(logits[0], *rest), want, strict=True):
         torch.testing.assert_close(got, value)
+
+
+def test_every_contender_from_hidden_states_computes_the_same_in_every_kind(tmp_path, monkeypatch):
+    """At a tiny shape on the CPU; what is measured there is made up, and stands in the table."""
+    given = gpu_linear.inputs(6, 16, 90, "cpu")
+    runs, per_row = gpu_linear.peers(), []
+    want = runs["eager"](given[0][0], *given[1:3])
+    for name, run in runs.items():
+        if name in ("eager", *gpu_linear.SUMS[:1]) or name.startswith("TRL"):
+            found = run(given[0][0], *given[1:3])
+            sums = name in gpu_linear.SUMS
+            per_row += [] if sums else [name]
+            torch.testing.assert_close(found.float(), want.sum() if sums else want, rtol=0.05, atol=0.05)
+    assert per_row[:1] == ["eager"]
+    called = []
+
+    def medians(calls):
+        for name, call in calls.items():
+            if name != "torch.compile":  # which takes long, and is eager's formula
+                call()
+                called.append(name)
+        return {name: 2.0 if name == "products" else 4.0 for name in called}, dict.fromkeys(called, 2**20), {}
+
+    monkeypatch.setattr(gpu_linear, "medians", medians)
+    groups = []
+    for kind in gpu_linear.PRODUCTS:
+        called.clear()
+        groups.append(gpu_linear.group(kind, 6, 16, 90, "cpu"))
+        assert {"products", "cepo", "cepo, 4 GiB of logits", *per_row} <= set(called)
+        assert ("F.linear_cross_entropy" in called) == ("F.linear_cross_entropy" in runs and kind != "policy loss")
+    assert [round(group["rows"][0]["tflop_per_s"] * 2e9 / (2 * 6 * 16 * 90)) for group in groups] == [3, 2, 4, 5]
+    for column in readme.LINEAR_COLUMNS:
+        for group in groups:
+            group.update(n=column[0], width=column[1])
+        break
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.gpu_linear().startswith("Not yet measured.")
+    machine = {"gpu": "NVIDIA H200", "torch": "2.11", "date": "2026-12-01"}
+    (tmp_path / "gpu-nvidia-h200.json").write_text(json.dumps({"machine": machine, "groups": [], "linear": groups}))
+    cells = [row.split("|")[3].strip() for row in readme.gpu_linear().splitlines()[4:]]
+    assert cells[:4] == ["50%"] * 4
+    assert cells[5] == "-, -, -"
+    assert cells[-1] == "1, 1"
 
 
 @pytest.mark.parametrize("tools", [("ncu",), ("compute-sanitizer",), ("compute-sanitizer", "ncu")], ids=" ".join)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,12 @@ from cepo_kernels import (
     LogprobHead,
     linear_contrastive_logprobs,
     linear_contrastive_policy_loss,
+    linear_products,
     linear_token_logprobs,
     restore_head,
     use_logprob_head,
 )
+from cepo_kernels.head import logit_options
 
 H, V = 12, 60
 
@@ -119,22 +122,79 @@ def test_what_is_no_plain_linear_layer_is_refused_with_the_reason():
         pass
 
     for head, reason in ((Lora(), "adapter"), (FSDPLinear(H, V), "before fully_shard"), (nn.Identity(), "Identity")):
-        model = Model()
+        model, kind = Model(), type(head)
         model.lm_head = head
         with pytest.raises(TypeError, match=reason):
             use_logprob_head(model)
+        restore_head(model)
+        assert type(model.lm_head) is kind
     model = Model()
     model.lm_head.forward = lambda x: x
     with pytest.raises(TypeError, match="one that was replaced"):
         use_logprob_head(model)
     model = Model()
     model.config = SimpleNamespace(final_logit_softcapping=30.0)
-    with pytest.raises(TypeError, match=r"got final_logit_softcapping = 30\.0; call linear_token_logprobs"):
+    with pytest.raises(TypeError, match=r"asks for \{'logit_softcap': 30\.0\}; call linear_token_logprobs"):
         use_logprob_head(model)
+    for config, scale in (
+        ({"logit_scale": 0.25}, 0.25),
+        ({"logits_scaling": 8.0}, 0.125),
+        ({"logits_scaling": 1}, None),
+    ):
+        assert logit_options(SimpleNamespace(**config)).get("logit_scale") == scale
     with pytest.raises(TypeError, match="expected a model with output embeddings, got Linear"):
         use_logprob_head(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="LogprobHead"):  # what ZeRO-3 leaves of a weight outside its module's call
-        linear_token_logprobs(torch.zeros(3, H), torch.zeros(0), torch.zeros(3, dtype=torch.int64))
+
+
+def zero3(head):
+    """What ZeRO-3's hooks do to a head's parameters: there within its calls and their backwards, else empty."""
+    whole = {parameter: parameter.data.clone() for parameter in head.parameters()}
+
+    def gather(*_):
+        for parameter, values in whole.items():
+            parameter.data = values.clone()
+
+    def release(*_):
+        for parameter in whole:
+            parameter.data.fill_(float("nan"))  # for whoever has kept the memory
+            parameter.data = torch.empty(0)
+
+    release()
+    head.register_forward_pre_hook(gather)
+    head.register_forward_hook(release)
+    head.register_full_backward_pre_hook(gather)
+    head.register_full_backward_hook(release)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rows", [10, 20], ids=["kept logits", "made again"])
+def test_under_zero3_the_heads_own_hooks_gather_it(monkeypatch, rows, frozen):
+    monkeypatch.setattr(linear_products, "LOGITS_BYTES", 0)  # chunks of 16 rows
+    torch.manual_seed(0)
+    hidden = torch.randn(3, rows, H)
+    _, labels, advantages = inputs(shape=(rows,))
+    told = {"labels": labels, "advantages": advantages}
+    calls = (
+        lambda head, x: head(x, labels=labels, return_entropy=True)[:2],
+        lambda head, x: [head(x, *hidden[1:], **told).logprobs],
+        lambda head, x: [head(x, *hidden[1:], **told, policy_loss=True, entropy_coef=0.1).loss],
+    )
+    plain = LogprobHead(H, V).requires_grad_(not frozen)
+    sharded = copy.deepcopy(plain)
+    zero3(sharded)
+    for call in calls:
+        found = []
+        for head in (plain, sharded):
+            head.zero_grad()
+            leaf = hidden[0].clone().requires_grad_()
+            values = call(head, leaf)
+            assert (head.weight.numel() == 0) == (head is sharded)
+            sum(x.sum() for x in values).backward()
+            found.append([*values, leaf.grad, *(x.grad for x in head.parameters() if not frozen)])
+        for got, want in zip(*found, strict=True):
+            assert torch.equal(got, want)
+    with pytest.raises(ValueError, match=r"^lm_head_weight: .* got \(0,\).* LogprobHead.*GatheredParameters"):
+        linear_token_logprobs(hidden[0], sharded.weight, labels)
 
 
 def losses(model, shard, steps=3):

@@ -235,6 +235,71 @@ def test_autocast_casts_as_for_a_linear_layer():
     assert policy.grad.dtype == torch.float32
 
 
+def test_autocast_casts_the_bias_and_leaves_float64():
+    hidden, weight, bias, labels, _ = inputs()
+    leaf = bias.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_token_logprobs(hidden[0], weight, labels, lm_head_bias=leaf)
+    rounded = [x.bfloat16() for x in (hidden[0], weight, bias)]
+    want = linear_token_logprobs(*rounded[:2], labels, lm_head_bias=rounded[2])
+    oracle.assert_same_bits(out.logprobs, want.logprobs)
+    out.logprobs.sum().backward()
+    assert leaf.grad.dtype == torch.float32
+    wide = [x.double() for x in (hidden[0], weight, bias)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_token_logprobs(*wide[:2], labels, lm_head_bias=wide[2])
+    oracle.assert_same_bits(out.logprobs, linear_token_logprobs(*wide[:2], labels, lm_head_bias=wide[2]).logprobs)
+
+
+@pytest.mark.parametrize("form", ["frozen", "trainable", "loss"])
+@pytest.mark.usefixtures("_chunks")
+def test_sixteen_bit_gradients_are_rounded_once(form):
+    """Then nearly all of them are the exact ones' nearest; a rounding before the products' sums would move half."""
+    hidden, weight, bias, labels, advantages = inputs(torch.bfloat16)
+
+    def loss_of(linear):
+        def loss(policy, weight, bias):
+            states = [policy, *hidden[1:]]
+            if form == "loss":
+                options = {"entropy_coef": 0.3}
+                if linear:
+                    return linear_contrastive_policy_loss(
+                        *states, weight, labels, advantages, lm_head_bias=bias, **options
+                    ).loss
+                logits = [logits_of(x, weight, bias) for x in states]
+                return cepo_kernels.contrastive_policy_loss(*logits, labels, advantages.double(), **options).loss
+            if linear:
+                out = linear_token_logprobs(policy, weight, labels, lm_head_bias=bias, return_entropy=True)
+            else:
+                out = cepo_kernels.token_logprobs(logits_of(policy, weight, bias), labels, return_entropy=True)
+            return (out.logprobs * advantages).sum() + out.entropy.sum()
+
+        return loss
+
+    leaves = hidden[0], weight, bias
+    (_, found) = gradients(loss_of(True), *leaves, form == "frozen")
+    (_, exact) = gradients(loss_of(False), *(x.double() for x in leaves), form == "frozen")
+    for gradient, right in zip(found, exact, strict=True):
+        assert gradient is None or (gradient == right.bfloat16()).double().mean() > 0.98
+
+
+def test_a_frozen_heads_slopes_of_log_probs_and_of_the_entropy():
+    """Alone and together they are the gradients of a trained head; a row that nobody asked for may be NaN."""
+    hidden, weight, _, labels, advantages = inputs()
+    labels[3], advantages[3] = 5, 0.0
+    hidden[0][3] = math.inf
+    for asked in ((advantages, None), (None, advantages), (advantages, advantages + 0.5 * (advantages != 0))):
+        found = []
+        for frozen in (True, False):
+            leaf = hidden[0].clone().requires_grad_()
+            out = linear_token_logprobs(leaf, weight.clone().requires_grad_(not frozen), labels, return_entropy=True)
+            terms = [(out[i], grad) for i, grad in enumerate(asked) if grad is not None]
+            torch.autograd.backward(*zip(*terms, strict=True))
+            found.append(leaf.grad)
+        assert not found[0][3].any()
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_compiled_equals_eager_bit_for_bit(frozen):
     torch._dynamo.reset()

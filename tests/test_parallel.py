@@ -20,7 +20,7 @@ from parallel_cases import CASES, ROWS, TILE, WIDTH, Held, case, close, layouts,
 import cepo_kernels
 from cepo_kernels import LogprobHead, contrastive_logprobs, contrastive_policy_loss, token_logprobs
 from cepo_kernels.backends import sharded
-from cepo_kernels.linear import linear_token_logprobs
+from cepo_kernels.linear import linear_contrastive_policy_loss, linear_token_logprobs
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -171,6 +171,9 @@ def disagreement_is_named(rank, world):
     x, y = torch.zeros(4, 6), torch.arange(4)
     group = {"tp_group": dist.group.WORLD}
     total = 6 * world
+    states = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    unscored = states + float(odd) * (y == 2)[:, None]
+    linear_token_logprobs(unscored, torch.zeros(5, 3), y.masked_fill(y == 2, -100), **group)
     for message, call in (
         ("labels: expected the same number of rows .* got 4 on rank 0 and 3 on rank",
          lambda: token_logprobs(x[: 4 - odd], y[: 4 - odd], **group)),
@@ -198,6 +201,11 @@ def disagreement_is_named(rank, world):
         ("labels: expected -100 or 0 <= label < .*, got -3", lambda: token_logprobs(x, -y, **group)),
         ("hidden_size: expected the same on every rank",
          lambda: linear_token_logprobs(torch.zeros(4, 3 + odd), torch.zeros(5, 3 + odd), y, **group)),
+        ("hidden_states: expected the same on every rank .* broadcast",
+         lambda: linear_token_logprobs(states + 2.0**-20 * odd, torch.zeros(5, 3), y, **group)),
+        ("negative_hidden: expected the same on every rank",
+         lambda: linear_contrastive_policy_loss(
+             states, None, states.roll(int(odd), 0), torch.zeros(5, 3), y, torch.ones(4), **group)),
         ("labels: .* LogprobHead",
          lambda: linear_token_logprobs(torch.zeros(4, 3), torch.zeros(5, 3), y + odd, **group)),
     ):  # fmt: skip

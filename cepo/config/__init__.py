@@ -18,6 +18,7 @@ from cepo.config.parts import (
     DiagnoseConfig,
     EvalConfig,
     PolicyConfig,
+    ReportConfig,
     RolloutConfig,
     TaskConfig,
     TeacherConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "LossConfig",
     "PolicyConfig",
     "ProcessesConfig",
+    "ReportConfig",
     "RewardConfig",
     "RolloutConfig",
     "RredcotConfig",
@@ -66,6 +68,7 @@ class Config:
         train: the optimisation.
         eval: held-out accuracy, sampled and greedy.
         checkpoint: what survives a crash.
+        report: which rollouts are kept token by token.
         processes: several that train one model.
         log: who is told of the run besides its metrics.jsonl.
         backend: of cepo_kernels: auto, triton, cpu, cpu:avx512, cpu:avx2, cpu:portable or reference; `cepo doctor` says
@@ -85,6 +88,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     log: LogConfig = field(default_factory=LogConfig)
     backend: str = "auto"
@@ -93,7 +97,8 @@ class Config:
     def check(self) -> Config:
         """Fill in what depends on a method's name. Raises InputError, in one line, for the first bad value."""
         for part in (self.policy, self.rollout, self.teacher, self.reward, self.advantage, self.credit,
-                     self.rredcot, self.loss, self.train, self.eval, self.checkpoint, self.log):  # fmt: skip
+                     self.rredcot, self.loss, self.train, self.eval, self.checkpoint, self.report,
+                     self.log):  # fmt: skip
             part.check()
         if self.loss.distils:
             for name in ("reward", "advantage", "credit"):

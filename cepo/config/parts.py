@@ -200,6 +200,23 @@ class CheckpointConfig:
 
 
 @dataclass
+class ReportConfig:
+    """Which rollouts are kept token by token, for `cepo tokens`.
+
+    Args:
+        every: steps between two of which some are kept, besides the first and the last; 0: none.
+        prompts: groups kept of such a step, those with a gradient first.
+    """
+
+    every: int = 10
+    prompts: int = 2
+
+    def check(self) -> None:
+        require(self.every >= 0, "report.every", "at least 0", self.every)
+        require(self.prompts >= 1, "report.prompts", "at least 1", self.prompts)
+
+
+@dataclass
 class DiagnoseConfig:
     """What `cepo diagnose` looks at.
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cepo import axes, rollout, teacher
+from cepo import axes, teacher
 from cepo.config import CreditConfig
 from cepo.metrics import Clock
-from cepo.parts import Parts, held_out, judge, score
+from cepo.parts import Parts, held_out, judge, roll_out, score
 from cepo.rewards import is_success
 from cepo.rollout import Rollouts
 from cepo.tasks import Problem
@@ -39,17 +39,8 @@ class Scored:
 
 def collect(parts: Parts, problems: Sequence[Problem], key: tuple[int, int]) -> Scored:
     """Roll out and score `problems` with the noise of `key`, (seed, step), as a training step does."""
-    config = parts.config.rollout
     adapted = parts.adaptive.options() if parts.adaptive else {}
-    rollouts = rollout.sample(
-        parts.policy,
-        problems,
-        group_size=config.group_size,
-        max_new_tokens=parts.max_new_tokens,
-        temperature=config.temperature,
-        key=key,
-        batch_size=config.batch_size,
-    )
+    rollouts = roll_out(parts, problems, key)
     rewards = score(parts, rollouts)
     rewards_PG = torch.tensor([float("nan") if r is None else r for r in rewards]).view(len(problems), -1)
     scores = rewards if parts.config.reward.name == "verifier" else judge(parts, rollouts)

@@ -21,9 +21,11 @@ from packaging.version import Version
 from torch import Tensor
 
 from cepo import axes
-from cepo.config import HINT, SPLICE, CreditConfig, TeacherConfig
+from cepo.config import HINT, SPLICE
 from cepo.credit import lam_at
 from cepo.errors import InputError
+from cepo.integrations._common import check_options
+from cepo.integrations._common import hinted as _hinted
 from cepo.policy import context_length
 from cepo.tasks._answers import final_answer, same_answer
 from cepo.teacher import WrongAnswer, wrong_answer
@@ -42,7 +44,6 @@ except ImportError as error:
 if not Version(LEAST) <= Version(trl.__version__) < Version(BELOW):
     raise ImportError(f"{_WANTED} {trl.__version__}")
 
-CREDITS = ("cepo", "rlsd", "uniform")
 ANSWER_COLUMNS = ("answer", "solution")
 IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes",
           "image_position_ids", "num_images", "num_tiles")  # fmt: skip
@@ -78,15 +79,7 @@ class CEPOConfig(GRPOConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.credit not in CREDITS:
-            raise InputError(f"credit: expected one of {', '.join(CREDITS)}, got {self.credit!r}")
-        checked = CreditConfig(self.credit, lam=self.lam, lam_steps=self.lam_steps, eps_w=self.eps_w)
-        try:
-            checked.check()
-            TeacherConfig(template=self.template, hint=self.hint, splice=self.splice).check()
-        except InputError as error:  # theirs are fields of a section
-            raise InputError(str(error).partition(".")[2]) from error
-        self.lam_steps, self.eps_w = checked.lam_steps, checked.eps_w
+        check_options(self)
 
 
 class Scored(NamedTuple):
@@ -361,25 +354,6 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:  # train() would reach frozen ones too
             module.training = True
-
-
-def _hinted(hint: str, prompt: Any, answer: str) -> Any:
-    """`prompt`, a text or a list of messages, with the hint around the text of its last user turn."""
-    if isinstance(prompt, str):
-        return hint.format(prompt=prompt, answer=answer)
-    turns = [i for i, message in enumerate(prompt) if message["role"] == "user"]
-    if not turns:
-        raise InputError(f"prompt: expected a user turn for the hint, got roles {[m['role'] for m in prompt]}")
-    message = prompt[turns[-1]]
-    content = message["content"]
-    if isinstance(content, str):
-        content = hint.format(prompt=content, answer=answer)
-    else:
-        texts = [i for i, part in enumerate(content) if part["type"] == "text"]
-        at = texts[-1] if texts else len(content)
-        text = content[at]["text"] if texts else ""
-        content = [*content[:at], {"type": "text", "text": hint.format(prompt=text, answer=answer)}, *content[at + 1 :]]
-    return [*prompt[: turns[-1]], {**message, "content": content}, *prompt[turns[-1] + 1 :]]
 
 
 def _text(completion: Any) -> str:

@@ -1,4 +1,4 @@
-"""Curves of a run as one picture."""
+"""Curves of a run, or of several, as one picture."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from cepo import checkpoint, metrics
 
 FILE = "curves.png"
 _EVIDENCE = {"evidence_right": "right rollouts", "evidence_wrong": "wrong rollouts"}
+# Okabe and Ito's, which the colour-blind tell apart, without the yellow that white swallows.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 
 
-def draw(run: Path) -> Path:
-    """Plot metrics.jsonl of `run` into curves.png and return its path."""
+def draw(run: Path, out: Path | None = None) -> Path:
+    """Plot metrics.jsonl of `run` into `out`, its own curves.png if None, and return the path."""
     from matplotlib.figure import Figure
 
     records = metrics.read(run)
@@ -38,9 +40,54 @@ def draw(run: Path) -> Path:
         axes.set_xlabel("step")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-    with checkpoint.replacing(run / FILE) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    return run / FILE
+    return _save(figure, out or run / FILE)
+
+
+def overlay(runs: Sequence[Path], out: Path) -> Path:
+    """Plot the curves of several runs over each other into `out`, a colour for each, and return the path."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    panels = list(figure.subplots(2, 2).flat)
+    sampled, greedy, accuracy, entropy = panels
+    for number, (run, name) in enumerate(zip(runs, _names(runs), strict=True)):
+        records = metrics.read(run)
+        steps = [record for record in records if record["kind"] == "train"]
+        evals = [record for record in records if record["kind"] == "eval"]
+        style = {
+            "color": _COLOURS[number % len(_COLOURS)],
+            "linestyle": ("-", "--", ":", "-.")[number // len(_COLOURS) % 4],
+        }
+        _lines(sampled, evals, {"sampled": name}, marker="o", markersize=4, **style)
+        _lines(greedy, evals, {"greedy": name}, marker="o", markersize=4, **style)
+        _lines(accuracy, steps, {"accuracy": name}, linewidth=1, **style)
+        _lines(entropy, steps, {"entropy": name}, linewidth=1, **style)
+    sampled.set(title="held-out accuracy, sampled", ylim=(0, 1))
+    greedy.set(title="held-out accuracy, greedy", ylim=(0, 1))
+    accuracy.set(title="accuracy of training rollouts", ylim=(0, 1))
+    entropy.set(title="entropy (nats per token)", ylim=(0, None))
+    for axes in panels:
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+    legend: dict[str, Any] = {}
+    for axes in panels:
+        legend |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=2, fontsize=9)
+    return _save(figure, out)
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """What each run is called: its directory, or its path where two would be called the same."""
+    names = [run.resolve().name for run in runs]
+    # matplotlib keeps labels with a leading "_" out of a legend, and reads what stands between two "$" as mathematics.
+    told = [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
+    return [name.replace("$", r"\$").replace("_", "\u200b_", name.startswith("_")) for name in told]
+
+
+def _save(figure: Any, out: Path) -> Path:
+    with checkpoint.replacing(out) as temporary:
+        figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=120)
+    return out
 
 
 def _lines(axes: Any, records: Sequence[dict[str, Any]], columns: dict[str, str], **style: Any) -> None:
