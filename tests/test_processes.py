@@ -187,7 +187,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     port = free_port()
     code = "import sys, test_processes; test_processes.worker(*sys.argv[1:])"
     workers = [launch("-c", code, str(folder), str(rank), rank=rank, port=port) for rank in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in workers]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in workers]
+    finally:
+        for process in workers:
+            process.kill()
     assert [process.returncode for process in workers] == [0, 0], "\n".join(outputs)
     return folder
 
@@ -246,7 +250,10 @@ def test_a_process_that_dies_ends_the_run_with_its_checkpoint(tmp_path: Path) ->
         time.sleep(0.01)
     found = children(launcher.pid)
     os.kill(found[1], signal.SIGKILL)
-    output, _ = launcher.communicate(timeout=30)
+    try:
+        output, _ = launcher.communicate(timeout=60)
+    finally:
+        launcher.terminate()
     assert launcher.returncode
     assert output.count("cepo: error: ") == 1, output
     assert f"`cepo train --resume {run}` continues from the last checkpoint" in output

@@ -23,8 +23,8 @@ from cepo.credit._segments import Splitter, segment_starts
 from cepo.errors import InputError
 from cepo.metrics import Clock
 from cepo.parts import Parts, load_parts
-from cepo.processes import ALONE
 from cepo.policy import Policy
+from cepo.processes import ALONE
 from cepo.rollout import Rollouts
 from cepo.tasks import Problem
 from cepo.tasks.addition import Addition
