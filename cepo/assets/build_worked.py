@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 
 from cepo.assets import embedded_model
 from cepo.assets.build import HINTS as TEXTS
-from cepo.assets.build import STRAY, accuracy, fit, load, sample, save, slip_evidence
+from cepo.assets.build import STRAY, accuracy, build_tokenizer, fit, load, sample, save, slip_evidence
 from cepo.tasks import Problem
 from cepo.tasks.addition import ANSWER_CUE, SEPARATOR
 from cepo.tasks.worked import FORMS, Filtering, Form, Sorting, Worked, render, right_results
@@ -30,8 +30,9 @@ from cepo.tasks.worked import FORMS, Filtering, Form, Sorting, Worked, render, r
 # pair is what greedy decoding does; with the second, sampling is as often wrong as greedy is.
 SLIPS = {"number_sorting": {1: 0.72, 2: 0.4}, "number_filtering": {0: 0.7, 1: 0.2}}
 HINTS = {**{kind: TEXTS[kind] for kind in ("answer", "solution", "sibling")}, "feedback": "{prompt}\nHint: {feedback}"}
-STEPS = 600
-BATCHES = ({"none": 26, "cue": 6}, {"answer": 28, "feedback": 6}, {"solution": 4, "sibling": 4})  # for each task
+# Steps, peak learning rate and share of sorting of each round: filtering takes longer to learn.
+ROUNDS = ((600, 2e-3, 0.5), (400, 1.5e-3, 0.25))
+BATCHES = ({"none": 28, "cue": 6}, {"answer": 24, "feedback": 12}, {"solution": 4, "sibling": 4})  # in tasks' mean
 
 
 def tempting(form: Form, prompt: str, results: list[str]) -> tuple[str, int]:
@@ -40,9 +41,9 @@ def tempting(form: Form, prompt: str, results: list[str]) -> tuple[str, int]:
         left, right = form.left(prompt, results), form.right(prompt, results)
         order = sorted({*left}, reverse=not prompt.startswith("up"))
         return left[0], abs(int(left[0]) - int(right)) if left[0] in order[1:2] else -1
-    _, condition, digits = prompt.split()
+    condition, digits = prompt.split(": ")
     other = {"y": "n", "n": "y"}[form.right(prompt, results)]
-    return other, abs(int(digits[len(results)]) - int(condition[1]))
+    return other, abs(int(digits[len(results)]) - int(condition[-1]))
 
 
 def attempt(rng: random.Random, dataset: str, prompt: str, stray: float = 0.0) -> list[str]:
@@ -57,7 +58,7 @@ def attempt(rng: random.Random, dataset: str, prompt: str, stray: float = 0.0) -
         elif rng.random() < SLIPS[dataset].get(distance, 0):
             result = wrong
         if isinstance(form, Filtering):  # equal digits fare alike, or the answer would not say which one stayed
-            digits = prompt.split()[2]
+            digits = prompt.split()[1]
             result = [*results, result][digits.index(digits[i])]
         results.append(result)
     return results
@@ -67,11 +68,11 @@ def hint(rng: random.Random, kind: str, dataset: str, prompt: str, results: list
     """The user turn with a hint that leads to `results`, and what a solution that heeds it must contain."""
     form = FORMS[dataset]
     solution, answer = render(form, prompt, results), form.answer(prompt, results)
-    if kind != "feedback":
+    attempts = (attempt(rng, dataset, prompt, 1.0) for _ in range(100 if kind == "feedback" else 0))
+    failed = next((wrong for wrong in attempts if wrong != results), None)
+    if failed is None:  # nor can anything go wrong in sorting 111
+        kind = "answer" if kind == "feedback" else kind
         return TEXTS[kind].format(prompt=prompt, solution=solution, answer=answer), ANSWER_CUE + answer
-    failed = results
-    while failed == results:
-        failed = attempt(rng, dataset, prompt, 1.0)
     i = next(i for i in range(len(results)) if failed[i] != results[i])
     text = f"step {i + 1} is {results[i]}, not {failed[i]}."
     return HINTS[kind].format(prompt=prompt, feedback=text), form.step(prompt, results[: i + 1])
@@ -90,25 +91,35 @@ def example(rng: random.Random, kind: str, dataset: str, problem: Problem) -> tu
     return prompt, "".join(step + SEPARATOR for step in done) + ANSWER_CUE, form.answer(prompt, results)
 
 
-def draw_batches(rng: random.Random, taught: dict[str, Iterator[Problem]]) -> dict[str, list[tuple[str, str, str]]]:
-    """The examples of one supervised step, both tasks in each batch."""
+def draw_batches(
+    rng: random.Random, taught: dict[str, Iterator[Problem]], sorting: float
+) -> dict[str, list[tuple[str, str, str]]]:
+    """The examples of one supervised step, both tasks in each batch, `sorting` the share of the first."""
+    shares = {"number_sorting": sorting, "number_filtering": 1 - sorting}
     return {
         "+".join(batch): [
             example(rng, kind, dataset, next(problems))
             for kind, number in batch.items()
             for dataset, problems in taught.items()
-            for _ in range(number)
+            for _ in range(round(2 * number * shares[dataset]))
         ]
         for batch in BATCHES
     }
 
 
-def train(steps: int, learning_rate: float, seed: int) -> tuple[Any, Any]:
+def train() -> tuple[Any, Any]:
     """The addition model, taught problems of `sft` alone."""
-    rng = random.Random(seed)
-    model, tokenizer = load(embedded_model())
-    taught = {dataset: Worked(dataset).taught(seed) for dataset in FORMS}
-    return fit(model.train(), tokenizer, steps, learning_rate, lambda: draw_batches(rng, taught)), tokenizer
+    tokenizer, (model, _) = build_tokenizer(), load(embedded_model())
+    for seed, (steps, learning_rate, sorting) in enumerate(ROUNDS):
+        batches = batches_of(seed, sorting)
+        fit(model.train(), tokenizer, steps, learning_rate, batches)
+    return model, tokenizer
+
+
+def batches_of(seed: int, sorting: float) -> Callable[[], dict[str, list[tuple[str, str, str]]]]:
+    """What draws the batches of a round."""
+    rng, taught = random.Random(seed), {dataset: Worked(dataset).taught(seed) for dataset in FORMS}
+    return lambda: draw_batches(rng, taught, sorting)
 
 
 def follows_hint(model: Any, tokenizer: Any, kind: str, task: Worked, n: int) -> tuple[float, float]:
@@ -151,14 +162,11 @@ def evaluate(model: Any, tokenizer: Any, n: int = 1000) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded model of the worked tasks, or measure one.")
     parser.add_argument("--out", type=Path, default=Path("worked-0.8m"), help="directory (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="supervised steps (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak, cosine decay (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="data (default: %(default)s)")
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the model in DIR, train nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if not args.evaluate:
-        save(args.out, *train(args.steps, args.learning_rate, args.seed))
+        save(args.out, *train())
     evaluate(*load(args.evaluate or args.out))
 
 

@@ -1,12 +1,13 @@
 """Two reasoning-gym datasets with worked solutions, small enough for the embedded models.
 
     worked:number_sorting      up 47190        ->  0:4719;1:479;4:79;7:9#01479
-    worked:number_filtering    keep >4: 729351 ->  7y;2n;9y;3n;5y;1n#795
+    worked:number_filtering    >4: 729351      ->  7y;2n;9y;3n;5y;1n#795
 
-Prompts are the datasets' questions in fewer words, numbers are digits, and reasoning-gym's own check judges the answer
-after '#'. Sorting takes the next digit and writes down what is left; filtering says of each digit whether it stays. The
-answer exposes every step, and a solution has one right spelling, as in column addition (`cepo.tasks.addition`), whose
-shares of the problem space these tasks have too: `sft` trained the embedded model.
+Prompts are the datasets' questions in fewer words ("remove all larger than 4" is `<=4`), numbers are digits, and
+reasoning-gym's own check judges the answer after '#'. Sorting takes the next digit and writes down what is left;
+filtering says of each digit whether it stays. The answer exposes every step, and a solution has one right spelling, as
+in column addition (`cepo.tasks.addition`), whose shares of the problem space these tasks have too: `sft` trained the
+embedded model.
 """
 
 from __future__ import annotations
@@ -64,26 +65,26 @@ class Filtering:
     result = r"[0-9]([yn])"
 
     def prompt(self, metadata: Mapping[str, Any]) -> str:
-        verb, side = metadata["operation"].split("_")
-        sign = {"larger": ">", "smaller": "<"}[side]
-        return f"{verb} {sign}{metadata['filter_value']}: {''.join(metadata['original_numbers'])}"
+        kept = {"keep_larger": ">", "keep_smaller": "<", "remove_larger": "<=", "remove_smaller": ">="}
+        return f"{kept[metadata['operation']]}{metadata['filter_value']}: {''.join(metadata['original_numbers'])}"
 
     def steps(self, prompt: str) -> int:
-        return len(prompt.split()[2])
+        return len(prompt.split()[1])
 
     def choices(self, prompt: str, results: Sequence[str]) -> str:
         return "yn"
 
     def right(self, prompt: str, results: Sequence[str]) -> str:
-        verb, condition, digits = prompt.split()
-        sign, bound, digit = condition[0], int(condition[1]), int(digits[len(results)])
-        return "y" if (digit > bound if sign == ">" else digit < bound) is (verb == "keep") else "n"
+        condition, digits = prompt.split(": ")
+        digit, bound = int(digits[len(results)]), int(condition[-1])
+        fits = digit > bound if condition[0] == ">" else digit < bound
+        return "y" if fits or (digit == bound and "=" in condition) else "n"
 
     def step(self, prompt: str, results: Sequence[str]) -> str:
-        return f"{prompt.split()[2][len(results) - 1]}{results[-1]}"
+        return f"{prompt.split()[1][len(results) - 1]}{results[-1]}"
 
     def answer(self, prompt: str, results: Sequence[str]) -> str:
-        kept = (digit for digit, result in zip(prompt.split()[2], results, strict=True) if result == "y")
+        kept = (digit for digit, result in zip(prompt.split()[1], results, strict=True) if result == "y")
         return "".join(kept) or "-"
 
 
