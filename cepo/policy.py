@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cepo import checkpoint
+from cepo.assets import EMBEDDED_MODEL, embedded_model
 from cepo.config import PolicyConfig
 from cepo.errors import InputError, one_line
 from cepo_kernels import (
@@ -38,7 +39,7 @@ from cepo_kernels import (
 )
 from cepo_kernels.head import logit_options
 
-EMBEDDED = Path(__file__).parent / "assets" / "addition-0.8m"
+EMBEDDED = Path(__file__).parent / "assets" / EMBEDDED_MODEL
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,12 @@ def context_length(model: Any) -> int:
 
 
 def resolve(name: str) -> str:
-    """The directory or name to load: "embedded", and run directories, which stand for their last checkpoint."""
-    if name == "embedded":
-        return str(EMBEDDED)
+    """The directory or name to load: of "embedded[:<asset>]", and of a run, which stands for its last checkpoint."""
+    if name.partition(":")[0] == "embedded":
+        try:
+            return str(embedded_model(name.partition(":")[2] or EMBEDDED_MODEL))
+        except ValueError as error:
+            raise InputError(f"policy.model: {error}") from error
     path = Path(name).expanduser()
     if (path / checkpoint.FOLDER).is_dir():
         found = checkpoint.newest(path)

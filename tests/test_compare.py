@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
@@ -23,9 +23,11 @@ from tiny import one_thread  # noqa: F401
 from cepo import axes, checkpoint, metrics, trainer
 from cepo.cli import main, parse
 from cepo.compare import cells, command
+from cepo.compare import plan as planning
 from cepo.compare.cells import Record, Store
 from cepo.compare.plan import Cell, Plan, load
 from cepo.compare.results import chosen, summarise, supervision
+from cepo.config import Config, TrainConfig
 from cepo.parts import Parts
 
 ROOT = Path(__file__).parent.parent
@@ -344,6 +346,40 @@ def test_the_hash_is_of_all_that_changes_a_number_and_nothing_else(tmp_path: Pat
     assert len({cell.hash, *(other.hash for other in others)}) == 10
     assert final(base={**SMALL["base"], "checkpoint": {"every": 7}}, cell_seconds=1).hash == cell.hash
     assert replace(cell, config=replace(cell.config, run_dir="elsewhere")).hash == cell.hash
+
+
+def test_an_option_that_came_later_leaves_finished_cells_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass
+    class Later(TrainConfig):
+        momentum: float = 0.9
+
+    def later(cell: Cell, **train: Any) -> Cell:
+        return replace(cell, config=replace(cell.config, train=Later(**asdict(cell.config.train) | train)))
+
+    def defaults_become(**train: Any) -> None:
+        usual = asdict(Config().check())
+        for module in (planning, cells):
+            monkeypatch.setattr(module, "defaults", lambda: {**usual, "train": usual["train"] | train})
+
+    cell, store = plan_of(tmp_path).final("addition", "cepo", 3e-4, 0), Store(tmp_path)
+    assert cell.content["train"] == {"steps": 2}
+    fake(store, cell, 0.6)
+    then = cell.hash
+    defaults_become(momentum=0.9)
+    assert later(cell).hash == then
+    assert store.get(later(cell)) is not None
+    assert store.stale(later(cell)) is None
+    assert store.get(later(cell, momentum=0.5)) is None
+    assert "(train.momentum: 0.9, now 0.5)" in str(store.stale(later(cell, momentum=0.5)))
+    # A default that changes makes other cells of those that leave it alone, though their hashes agree.
+    defaults_become(lr=1e-3)
+    changed = replace(cell, config=replace(cell.config, train=replace(cell.config.train, lr=1e-3)))
+    assert changed.hash == then
+    assert store.get(changed) is None
+    fake(store, changed, 0.6)
+    assert store.get(changed) is not None
 
 
 def test_cells_of_another_configuration_are_refused_or_replaced(

@@ -19,16 +19,16 @@ def records(n):
     return [{"prompt": f"question {i}", "answer": i} for i in range(n)]
 
 
-@pytest.fixture(params=["addition", "reasoning_gym:chain_sum", "jsonl"])
+@pytest.fixture(params=["addition", "reasoning_gym:chain_sum", "worked:number_filtering", "jsonl"])
 def task(request, tmp_path):
-    if request.param.startswith("reasoning_gym"):
+    if request.param.startswith(("reasoning_gym", "worked")):
         pytest.importorskip("reasoning_gym")
     return get_task(write(tmp_path / "file.jsonl", *records(100)) if request.param == "jsonl" else request.param)
 
 
 def test_every_task_is_found_by_name_and_keeps_the_protocol(task):
     assert isinstance(task, Task)
-    assert available_tasks() == ["addition", "jsonl", "reasoning_gym"]
+    assert available_tasks() == ["addition", "jsonl", "reasoning_gym", "worked"]
 
 
 def test_a_training_problem_is_a_function_of_index_and_seed(task):
@@ -66,19 +66,21 @@ def test_held_out_splits_are_checked_by_name_and_size(task):
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
-        ("subtraction", {}, "expected one of addition, jsonl, reasoning_gym"),
-        ("_answers", {}, "expected one of addition, jsonl, reasoning_gym"),
+        ("subtraction", {}, "expected one of addition, jsonl, reasoning_gym, worked"),
+        ("_answers", {}, "expected one of addition, jsonl, reasoning_gym, worked"),
         ("addition:4", {}, "takes no argument, got '4'"),
         ("addition", {"digits": 4}, "expected options among max_new_tokens, got 'digits'"),
         ("reasoning_gym:no_such", {}, "chain_sum.*got 'no_such'"),
         ("reasoning_gym:chain_sum", {"no_such": 1}, "no_such"),
         ("reasoning_gym:chain_sum", {"min_terms": 9, "max_terms": 2}, "reasoning_gym:chain_sum: .*max_terms"),
+        ("worked", {}, "expected one of number_sorting, number_filtering, got ''"),
+        ("worked:number_sorting", {"max_numbers": 9}, "expected options among max_new_tokens, got 'max_numbers'"),
         ("jsonl", {}, "expected a path"),
         ("jsonl:/no/such.jsonl", {}, "cannot read '/no/such.jsonl': No such file"),
     ],
 )
 def test_an_unknown_task_or_option_is_named(spec, options, message):
-    if spec.startswith("reasoning_gym"):
+    if spec.startswith(("reasoning_gym", "worked:")):
         pytest.importorskip("reasoning_gym")
     with pytest.raises(ValueError, match=message) as error:
         get_task(spec, **options)

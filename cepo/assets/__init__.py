@@ -1,4 +1,11 @@
-"""The embedded models: what `from_pretrained` loads, written by the modules `build` and `build_verifier`."""
+"""The embedded models: what `from_pretrained` loads.
+
+addition-0.8m               `build`: column addition, every kind of hint
+addition-0.8m-nohints       `build --hints none`: its sibling that never learnt what a hint means
+addition-0.8m-righthints    `build --hints right`: the one that never met a wrong one
+worked-0.8m                 `build_worked`: sorting and filtering
+verifier-0.4m               `build_verifier`: the other model of `reward: cross_model_entropy`
+"""
 
 from __future__ import annotations
 

@@ -219,10 +219,14 @@ def sample(model: Any, tokenizer: Any, users: list[str], temperature: float, see
     return texts
 
 
-def accuracy(model: Any, tokenizer: Any, problems: list[Problem], temperature: float, seed: int = 0) -> float:
-    """Share of problems that one completion each solves."""
-    texts = sample(model, tokenizer, [p.prompt for p in problems], temperature, seed)
-    return sum(Addition().score(t, p) for t, p in zip(texts, problems, strict=True)) / len(problems)
+def accuracy(
+    model: Any, tokenizer: Any, problems: list[Problem], temperature: float, seed: int = 0, task: Any = None
+) -> float:
+    """Share of problems that one completion each solves; of column addition, or of `task`."""
+    task = task or Addition()
+    texts = sample(model, tokenizer, [p.prompt for p in problems], temperature, seed, task.max_new_tokens)
+    scores: list[float] = [task.score(t, p) for t, p in zip(texts, problems, strict=True)]
+    return sum(scores) / len(problems)
 
 
 @torch.no_grad()
@@ -239,10 +243,12 @@ def logprob_at(model: Any, tokenizer: Any, users: list[str], texts: list[str], o
     return logits.log_softmax(-1)[every, padded[every, last]]
 
 
-def slip_evidence(model: Any, tokenizer: Any, problems: list[Problem], seed: int = 0) -> dict[int, list[float]]:
-    """log P+ / P_S at the first wrong token of sampled wrong solutions (T = 1), by step (0 is the rightmost column)."""
-    task = Addition()
-    texts = sample(model, tokenizer, [p.prompt for p in problems], 1.0, seed)
+def slip_evidence(
+    model: Any, tokenizer: Any, problems: list[Problem], seed: int = 0, task: Any = None
+) -> dict[int, list[float]]:
+    """log P+ / P_S at the first wrong token of sampled wrong solutions (T = 1), by step, counted from 0."""
+    task = task or Addition()
+    texts = sample(model, tokenizer, [p.prompt for p in problems], 1.0, seed, task.max_new_tokens)
     wrong = [(p, t, e) for p, t in zip(problems, texts, strict=True) if (e := task.first_error(t, p)) is not None]
     texts, offsets = [t for _, t, _ in wrong], [e for _, _, e in wrong]
     hinted = [HINTS["answer"].format(prompt=p.prompt, answer=p.answer) for p, _, _ in wrong]

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import cepo
 import cepo_kernels
 from cepo import checkpoint, metrics, rollout, trainer
 from cepo.cli import dump
-from cepo.compare.plan import BASE, Cell, digest, identity
+from cepo.compare.plan import BASE, Cell, defaults, digest, identity
 from cepo.errors import InputError, one_line
 from cepo.parts import Parts, held_out, load_parts, problems_of
 from cepo.policy import threads
@@ -51,11 +52,11 @@ class Store:
     def get(self, cell: Cell) -> Record | None:
         """The record of a cell, with an "error" in it if it failed; None if there is none of this configuration."""
         record = self._read(cell)
-        return record if record and record["hash"] == cell.hash else None
+        return record if record and not self._other(record, cell) else None
 
     def put(self, cell: Cell, values: Record) -> Record:
         record = {"cell": cell.name, "kind": cell.kind, "task": cell.task, "method": cell.method, "lr": cell.lr,
-                  "seed": cell.seed, "hash": cell.hash, "config": cell.content, **values}  # fmt: skip
+                  "seed": cell.seed, "hash": cell.hash, "config": asdict(cell.config), **values}  # fmt: skip
         self.path(cell).parent.mkdir(parents=True, exist_ok=True)
         with checkpoint.replacing(self.path(cell)) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
@@ -64,13 +65,19 @@ class Store:
     def stale(self, cell: Cell) -> str | None:
         """What another configuration left in a cell's place, and how it differs; None if nothing."""
         record, file = self._read(cell), self.out / cell.directory / checkpoint.CONFIG
-        if record and record["hash"] != cell.hash:
-            return f"{self.path(cell)} ({_difference(record['config'], cell.content) or 'pass_at'})"
+        if record and (difference := self._other(record, cell)):
+            return f"{self.path(cell)} ({difference})"
         if file.is_file():
             left = identity(yaml.safe_load(file.read_text()) or {})
-            if difference := _difference(left, cell.content):
+            if difference := _difference(left, cell.content, defaults()):
                 return f"{file.parent} ({difference})"
         return None
+
+    @staticmethod
+    def _other(record: Record, cell: Cell) -> str | None:
+        """How a record's configuration differs from a cell's; by its values too, as a default may have changed."""
+        difference = _difference(identity(record["config"]), cell.content, defaults())
+        return difference or (None if record["hash"] == cell.hash else "pass_at")
 
     def discard(self, cell: Cell) -> None:
         """Remove a cell, its run with it."""
@@ -235,12 +242,15 @@ def _source() -> str:
     return found.hexdigest()[:16]
 
 
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str | None:
-    """The first value that is not the same, by name."""
+def _difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], default: Mapping[str, Any], prefix: str = ""
+) -> str | None:
+    """The first value that is not the same, by name; what neither says has its default."""
     for key in [*old, *(key for key in new if key not in old)]:
-        before, after = old.get(key), new.get(key)
+        usual = default.get(key)
+        before, after = old.get(key, usual), new.get(key, usual)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            if found := _difference(before, after, f"{prefix}{key}."):
+            if found := _difference(before, after, usual if isinstance(usual, Mapping) else {}, f"{prefix}{key}."):
                 return found
         elif before != after:
             return f"{prefix}{key}: {before!r}, now {after!r}"

@@ -18,6 +18,7 @@ The learning rate of a method on a task is the one of best mean accuracy over th
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import re
@@ -83,7 +84,7 @@ class Cell:
 
     @property
     def content(self) -> dict[str, Any]:
-        """Its config, without what changes no number."""
+        """What of its config decides its numbers."""
         return identity(asdict(self.config))
 
     @property
@@ -147,9 +148,25 @@ class Plan:
         return Cell(kind, task, method, config, None if kind == "tuning" else self.pass_at)
 
 
+@functools.cache
+def defaults() -> dict[str, Any]:
+    """The config of a run that is told nothing."""
+    return asdict(Config().check())
+
+
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as a dictionary, without what changes no number: where the run is kept, and how often it is saved."""
-    return {name: value for name, value in config.items() if name not in ("run_dir", "checkpoint")}
+    """What sets a config apart from the default one, but for where the run is kept and how often it is saved.
+
+    A finished cell thus stays what it is when an option comes along whose default is how it was made.
+    """
+    apart: dict[str, Any] = {}
+    for name, value in config.items():
+        default = defaults().get(name)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            value = {key: each for key, each in value.items() if key not in default or each != default[key]}
+        if value != default and value != {} and name not in ("run_dir", "checkpoint"):
+            apart[name] = value
+    return apart
 
 
 def digest(value: Any) -> str:

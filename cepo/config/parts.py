@@ -20,7 +20,8 @@ class PolicyConfig:
     """The model that learns.
 
     Args:
-        model: "embedded", a directory (a run's too: its last checkpoint), or a Hugging Face name.
+        model: "embedded" or another of cepo/assets ("embedded:worked-0.8m"), a directory (a run's too: its last
+            checkpoint), or a Hugging Face name.
         gguf_file: file of a GGUF model in that directory (extra `[gguf]`).
         compute_dtype: float32, or bfloat16 by autocast; the weights are float32 either way.
         device: auto, cpu, cuda, cuda:1, ...
@@ -43,7 +44,7 @@ class TaskConfig:
     """Where the problems come from.
 
     Args:
-        name: addition, reasoning_gym:<dataset>, or jsonl:<path>.
+        name: addition, worked:<dataset>, reasoning_gym:<dataset>, or jsonl:<path>.
         options: the task's own options.
     """
 

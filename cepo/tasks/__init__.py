@@ -13,6 +13,7 @@ which let `cepo diagnose` ask whether credit finds that place. A distillation's 
     feedback(completion, problem)       what is wrong with a completion, in a sentence, None if there is nothing to say
 
     addition                    three-digit column addition, the built-in task
+    worked:<dataset>            two reasoning-gym datasets with worked solutions (extra `[tasks]`)
     reasoning_gym:<dataset>     any reasoning-gym dataset (extra `[tasks]`)
     jsonl:<path>                lines of {"prompt": ..., "answer": ...}
 """

@@ -50,7 +50,11 @@ def render(work: Sequence[Column]) -> str:
 
 def split_of(a: int, b: int) -> str:
     """The split that owns a + b: a hash of its text, addends sorted so that b + a never lands elsewhere."""
-    text = f"{min(a, b)}+{max(a, b)}"
+    return owner_of(f"{min(a, b)}+{max(a, b)}")
+
+
+def owner_of(text: str) -> str:
+    """The split that owns a problem of this text."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
     for name, share in SPLITS.items():
         bucket -= share
@@ -70,6 +74,13 @@ def draw(rng: random.Random, split: str) -> tuple[int, int]:
 def problem(a: int, b: int) -> Problem:
     """The problem a + b; `data` holds the addends and the worked solution."""
     return Problem(f"{a}+{b}", str(a + b), {"a": a, "b": b, "solution": render(columns(a, b))})
+
+
+def first_difference(text: str, right: str) -> int | None:
+    """Offset of the first character in which `text` is not `right`, None if it is."""
+    if text == right:
+        return None
+    return next((i for i, (a, b) in enumerate(zip(text, right, strict=False)) if a != b), min(len(text), len(right)))
 
 
 class Addition:
@@ -118,11 +129,7 @@ class Addition:
 
     def first_error(self, completion: str, problem: Problem) -> int | None:
         """Where the completion first leaves the right solution: a character offset, or None if it never does."""
-        solution = problem.data["solution"]
-        for offset, (got, right) in enumerate(zip(completion, solution, strict=False)):
-            if got != right:
-                return offset
-        return None if len(completion) == len(solution) else min(len(completion), len(solution))
+        return first_difference(completion, problem.data["solution"])
 
     def result_spans(self, completion: str) -> list[tuple[int, int]]:
         """Where the totals of the columns and the answer stand: character offsets, rightmost column first."""
