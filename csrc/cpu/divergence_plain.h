@@ -10,8 +10,9 @@
 namespace cepo {
 namespace CEPO_ISA {
 
-constexpr double kPlain = 0x1p-4;       // nats
+constexpr double kPlain = 0x1p-3;  // nats
 constexpr float kFarApart = 0x1p22f;    // a log2 ratio from which a probability that float32 lacks may weigh: go slow
+constexpr int64_t kRun = 16 * kWidth;   // columns, of eight terms a lane: equal terms all round to the same side
 constexpr float kBottom = -0x1p100f;    // what an impossible column counts as in a log-ratio
 
 // A column of the first row, whose term is 2^t, and the ratio log2(2^t / 2^s) to that of the second, by their
@@ -53,24 +54,25 @@ struct PairScan {
             const Vec zero = set(0.0f), least = set(-INFINITY);
             Vec sx[2] = {zero, zero}, sy[2] = {zero, zero}, u[2] = {zero, zero};
             Vec top_x[2] = {least, least}, top_y[2] = {least, least}, far[2] = {least, least};
-            for (int64_t j = 0; j < n; j += 2 * kWidth) {
-                Vec at_x[2], at_y[2];
-                load2(a + j, at_x[0], at_x[1]);
-                load2(b + j, at_y[0], at_y[1]);
-                for (int i = 0; i < 2; ++i) {
-                    top_x[i] = max(top_x[i], at_x[i]);
-                    top_y[i] = max(top_y[i], at_y[i]);
-                    const Term term = term_of<kGap>(at_x[i], at_y[i], k, cx, cy);
-                    sy[i] = fma(term.of_y.mantissa, term.of_y.scale, sy[i]);
-                    if (kGap) {
+            for (int64_t run = 0; run < n; run += kRun) {
+                const int64_t end = run + kRun < n ? run + kRun : n;
+                Vec run_x[2] = {zero, zero}, run_y[2] = {zero, zero}, run_u[2] = {zero, zero};
+                for (int64_t j = run; j < end; j += 2 * kWidth) {
+                    Vec at_x[2], at_y[2];
+                    load2(a + j, at_x[0], at_x[1]);
+                    load2(b + j, at_y[0], at_y[1]);
+                    for (int i = 0; i < 2; ++i) {
+                        top_x[i] = max(top_x[i], at_x[i]);
+                        top_y[i] = max(top_y[i], at_y[i]);
+                        const Term term = term_of<kGap>(at_x[i], at_y[i], k, cx, cy);
                         const Vec e = mul(term.of_x.mantissa, term.of_x.scale);
-                        sx[i] = add(sx[i], e);
-                        u[i] = fma(e, term.gap, u[i]);
-                        far[i] = max(far[i], term.gap);
-                    } else {
-                        sx[i] = fma(term.of_x.mantissa, term.of_x.scale, sx[i]);
+                        run_x[i] = add(run_x[i], e);
+                        run_y[i] = fma(term.of_y.mantissa, term.of_y.scale, run_y[i]);
+                        if (kGap) run_u[i] = fma(e, term.gap, run_u[i]), far[i] = max(far[i], term.gap);
                     }
                 }
+                for (int i = 0; i < 2; ++i)
+                    sx[i] = add(sx[i], run_x[i]), sy[i] = add(sy[i], run_y[i]), u[i] = add(u[i], run_u[i]);
             }
             bool again = x.moved(lane_max(max(top_x[0], top_x[1])));
             following([&] { again |= y.moved(lane_max(max(top_y[0], top_y[1]))); });
