@@ -1,5 +1,6 @@
-// Divergences between two rows: a sweep for the normalisers, one for the sum, one for the gradient; the later ones find
-// the rows in the cache. Blocks become float32 first, so that the arithmetic is written once for all dtypes.
+// Divergences between two rows, where the plain sums do not serve: a sweep for the normalisers, one for the sum, one
+// for the gradient; the later ones find the rows in the cache. Blocks become float32 first, so that the arithmetic is
+// written once for all dtypes.
 #pragma once
 
 #include <stdlib.h>
@@ -190,9 +191,9 @@ struct Pair {
         }
         PairScan pair(transform.k);
         Scan &student = is_reverse() ? pair.x : pair.y, &teacher = is_reverse() ? pair.y : pair.x;
-        const bool plain = !in_order && !(d.clip < INFINITY) ;
+        const bool plain = !in_order && !(d.clip < INFINITY);
         if (plain) {
-            of_both([&](auto x, auto y) { is_kl() ? pair.row<true>(x, y, d.vocabulary) : pair.row<false>(x, y, d.vocabulary); });
+            of_both([&](auto x, auto y) { pair.row(x, y, d.vocabulary); });
         } else {
             over_blocks([&](int64_t, int64_t, int64_t full) {
                 student.block<float, false>(block.student_y, full);
@@ -204,8 +205,7 @@ struct Pair {
         if (d.top_k > 0) return run_entries(student.sum, teacher.sum, pair.slow());
         if (pair.slow()) return run_slowly();
         if (student.sum.s == 0.0 || teacher.sum.s == 0.0) return give_up();
-        const double value = plain && is_kl() ? pair.value() : NAN;
-        if (value == value) return run_plainly(pair, value);
+        if (plain && (is_kl() ? run_plainly(pair) : d.beta == 0.5 && run_evenly(pair))) return;
         if (d.vocabulary == 1) return run_slowly();  // exactly 0
         if (transform.capped || d.clip < INFINITY) return run_fast<kEverything>(student.sum, teacher.sum);
         const bool narrow = d.student.dtype != Dtype::kFloat32 && d.teacher.dtype != Dtype::kFloat32;
@@ -234,15 +234,35 @@ struct Pair {
             f(x, row_start<std::decay_t<decltype(*x)>>(is_reverse() ? d.teacher : d.student, d.inner, row));
         });
     }
-    void run_plainly(const PairScan& pair, double value) const {
+    // Both: whether the sums know the value well enough, and then all is done.
+    bool run_plainly(const PairScan& pair) const {
+        const double value = pair.value();
+        if (!(value >= kPlain) || pair.worst > kFarApart) return false;
         put_value(value);
-        if (!writes) return;
-        of_both([&](auto x, auto y) {
-            const auto out = writable(row_start<std::decay_t<decltype(*x)>>(d.gradient, d.inner, row));
-            const double factor = weight * transform.chain;
-            is_reverse() ? plain_gradient<true>(pair, x, y, out, d.vocabulary, value, factor)
-                         : plain_gradient<false>(pair, x, y, out, d.vocabulary, value, factor);
-        });
+        if (writes)
+            of_both([&](auto x, auto y) {
+                const auto out = gradient_row(x);
+                is_reverse() ? plain_gradient<true>(pair, x, y, out, d.vocabulary, value, weight * transform.chain)
+                             : plain_gradient<false>(pair, x, y, out, d.vocabulary, value, weight * transform.chain);
+            });
+        return true;
+    }
+    bool run_evenly(const PairScan& pair) const {
+        if (pair.value() < kPlain) return false;  // of which a jsd is a quarter, where it is small
+        EvenJsd jsd(pair);
+        of_both(
+            [&](auto x, auto y) { writes ? jsd.sum<true>(x, y, d.vocabulary) : jsd.sum<false>(x, y, d.vocabulary); });
+        if (!(jsd.value >= kPlainJsd)) return false;
+        put_value(jsd.value);
+        if (writes)
+            of_both(
+                [&](auto x, auto y) { jsd.gradient(x, y, gradient_row(x), d.vocabulary, weight * transform.chain); });
+        return true;
+    }
+    // Of the dtype that x points to.
+    template <class T>
+    T* gradient_row(const T*) const {
+        return writable(row_start<T>(d.gradient, d.inner, row));
     }
 
     static double gap_of(RowSum student, RowSum teacher) {
