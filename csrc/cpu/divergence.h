@@ -248,7 +248,7 @@ struct Pair {
         return true;
     }
     bool run_evenly(const PairScan& pair) const {
-        if (pair.value() < kPlain) return false;  // of which a jsd is a quarter, where it is small
+        if (pair.value() < 4.0 * kPlainJsd) return false;  // a small jsd is a quarter of it
         EvenJsd jsd(pair);
         of_both(
             [&](auto x, auto y) { writes ? jsd.sum<true>(x, y, d.vocabulary) : jsd.sum<false>(x, y, d.vocabulary); });
