@@ -5,24 +5,39 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from typing import Any
 
 
-@dataclass
-class Turns:
-    """Seconds per contender, one entry per round."""
+def race(
+    benchmark: Any, calls: Mapping[str, Callable[[], object]], rounds: int, ours: str = "cepo"
+) -> dict[str, float]:
+    """Median seconds of each, all warmed up; those of ``ours`` are what the `benchmark` fixture measures."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
 
-    calls: Mapping[str, Callable[[], object]]
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    def others() -> None:
+        for name, call in calls.items():
+            if name != ours:
+                start = time.perf_counter()
+                call()
+                seconds[name].append(time.perf_counter() - start)
 
-    def take(self, *, skip: str | None = None) -> None:
-        """One round: everybody once, except ``skip``, whom the caller times."""
-        for name, call in self.calls.items():
-            if name == skip:
-                continue
-            start = time.perf_counter()
-            call()
-            self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+    for call in calls.values():
+        call()
+    benchmark.pedantic(calls[ours], setup=others, rounds=rounds)
+    seconds[ours] = list(benchmark.stats.stats.data)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
-    def medians(self) -> dict[str, float]:
-        return {name: statistics.median(values) for name, values in self.seconds.items()}
+
+def line(
+    name: str, seconds: float, ours: float | None, *, moved: int | None = None, share: float | None = None,
+    error: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """A row of a table; ``ours``: the seconds it is compared with, ``moved``: bytes."""
+    return {
+        "name": name,
+        "ms": seconds * 1e3,
+        "gb_per_s": None if moved is None else moved / seconds / 1e9,
+        "share_of_read": share,
+        "speedup": None if ours is None else seconds / ours,
+        "error": error,
+    }

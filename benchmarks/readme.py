@@ -53,6 +53,16 @@ def linear() -> str:
     )
 
 
+def divergence() -> str:
+    if not (RESULTS / "divergence.json").exists():
+        return "**Not yet measured.**"
+    measured = _measured("divergence.json")
+    return (
+        f"{_machine(measured)}. Medians of interleaved runs in one process; the error is the relative one of the sum "
+        f"against float64 (with gradient, of the gradient).\n\n{_tables(measured, 'of a plain read')}"
+    )
+
+
 def memory() -> str:
     """MiB beyond inputs, gradients and one float32 head."""
     measured = _measured("memory.json")
@@ -253,6 +263,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"speed": speed, "gpu": gpu, "learning": learning},
     "docs/performance.md": {
         "logits": logits,
+        "divergence": divergence,
         "linear": linear,
         "memory": memory,
         "updates": updates,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contenders
 import pytest
 import torch
-from interleaved import Turns
+from interleaved import line, race
 from torch import Tensor
 
 from cepo_kernels import backends
@@ -51,32 +51,15 @@ def test_throughput(benchmark, tables: list[dict], request: pytest.FixtureReques
     moved = (5 if gradient else 3) * rows * VOCABULARY * item  # a separate backward reads and writes the policy again
     flat = torch.ones(3 * rows * VOCABULARY * item // 4)
 
-    errors = {name: _error(contender, inputs, gradient) for name, contender in found.items()}  # also warms up
-    plain_read(flat)
-    ours = "cepo"
+    errors = {name: _error(contender, inputs, gradient) for name, contender in found.items()}
     calls = {"plain read": lambda: plain_read(flat)}
     calls |= {name: (lambda run=run: run(*inputs)) for name, run in found.items()}
-    turns = Turns(calls)
     benchmark.group = f"{'forward+gradient' if gradient else 'forward'} {dtype}"
-    benchmark.pedantic(calls[ours], setup=lambda: turns.take(skip=ours), rounds=ROUNDS)
-
-    turns.seconds[ours] = list(benchmark.stats.stats.data)
-    medians = turns.medians()
-    read = medians["plain read"]
-    table = []
-    for name in calls:
-        seconds, is_read = medians[name], name == "plain read"
-        bytes_moved = flat.nbytes if is_read else moved
-        table.append(
-            {
-                "name": name,
-                "ms": seconds * 1e3,
-                "gb_per_s": bytes_moved / seconds / 1e9,
-                "share_of_read": None if is_read or gradient else read / seconds,
-                "speedup": None if is_read else seconds / medians[ours],
-                "error": errors.get(name),
-            }
-        )
+    medians = race(benchmark, calls, ROUNDS)
+    table = [line("plain read", medians.pop("plain read"), None, moved=flat.nbytes)]
+    for name, seconds in medians.items():
+        share = None if gradient else table[0]["ms"] / (seconds * 1e3)
+        table.append(line(name, seconds, medians["cepo"], moved=moved, share=share, error=errors.get(name)))
     title = f"{benchmark.group}: N = {rows}, V = {VOCABULARY:,}, three tensors"
     tables.append({"group": benchmark.group, "title": title, "rows": table, "absent": absent})
     benchmark.extra_info["table"] = table
@@ -94,19 +77,10 @@ def test_adversarial_rows_cost_at_most_twice_a_plain_row(benchmark, tables: list
     run = contenders.ours("cpu")
     calls = {"plain rows": lambda: run(*plain)}
     calls |= {name: (lambda x=x: run(x, x, x, *plain[3:])) for name, x in kinds.items()}
-    turns = Turns(calls)
-    turns.take()
-    turns.seconds.clear()
     benchmark.group = f"adversarial rows {dtype}"
-    benchmark.pedantic(calls["plain rows"], setup=lambda: turns.take(skip="plain rows"), rounds=3 * ROUNDS)
-    turns.seconds["plain rows"] = list(benchmark.stats.stats.data)
-    medians = turns.medians()
+    medians = race(benchmark, calls, 3 * ROUNDS, "plain rows")
     base = medians["plain rows"]
-    table = [
-        {"name": name, "ms": medians[name] * 1e3, "gb_per_s": None, "share_of_read": None,
-         "speedup": medians[name] / base, "error": None}
-        for name in calls
-    ]  # fmt: skip
+    table = [line(name, seconds, base) for name, seconds in medians.items()]
     title = f"{benchmark.group}: the time of each as a multiple of plain rows"
     tables.append({"group": benchmark.group, "title": title, "rows": table, "absent": {}})
     for name in kinds:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from interleaved import Turns
+from interleaved import line, race
 from torch import Tensor
 
 import cepo_kernels
@@ -108,22 +108,13 @@ def test_throughput(
     flat = torch.ones(2 * rows * VOCABULARY * inputs[0].element_size() // 4)
     calls: dict[str, Callable[[], Any]] = {"plain read": lambda: plain_read(flat)}
     calls |= {name: (lambda run=run: run(*inputs)) for name, run in runs.items()}
-    for call in calls.values():
-        call()
-    turns = Turns(calls)
     benchmark.group = f"divergence {kind} {'forward+gradient' if gradient else 'forward'} {dtype}"
-    benchmark.pedantic(calls["cepo"], setup=lambda: turns.take(skip="cepo"), rounds=ROUNDS)
-    turns.seconds["cepo"] = list(benchmark.stats.stats.data)
-    medians = turns.medians()
-    table = []
+    medians = race(benchmark, calls, ROUNDS)
+    table = [line("plain read", medians.pop("plain read"), None, moved=flat.nbytes)]
     for name, seconds in medians.items():
-        is_read = name == "plain read"
-        moved = flat.nbytes if is_read or not gradient else flat.nbytes * 3 // 2
-        table.append(
-            {"name": name, "ms": seconds * 1e3, "gb_per_s": moved / seconds / 1e9,
-             "share_of_read": None if is_read or gradient else medians["plain read"] / seconds,
-             "speedup": None if is_read else seconds / medians["cepo"], "error": errors.get(name)}
-        )  # fmt: skip
+        share = None if gradient else table[0]["ms"] / (seconds * 1e3)
+        moved = flat.nbytes * 3 // 2 if gradient else flat.nbytes
+        table.append(line(name, seconds, medians["cepo"], moved=moved, share=share, error=errors.get(name)))
     title = f"{benchmark.group}: N = {rows}, V = {VOCABULARY:,}, two tensors"
     tables.append({"group": benchmark.group, "title": title, "rows": table, "absent": absent})
 
@@ -170,17 +161,8 @@ def test_from_hidden_states(
         run(student.detach().requires_grad_(), teacher, head.detach().requires_grad_()).backward()
 
     calls = {name: (lambda run=run: gradient(run)) for name, run in found.items()}
-    for call in calls.values():
-        call()
-    turns = Turns(calls)
     benchmark.group = f"divergence from hidden states, {kind} {dtype}"
-    benchmark.pedantic(calls["cepo"], setup=lambda: turns.take(skip="cepo"), rounds=ROUNDS)
-    turns.seconds["cepo"] = list(benchmark.stats.stats.data)
-    medians = turns.medians()
-    table = [
-        {"name": name, "ms": seconds * 1e3, "gb_per_s": None, "share_of_read": None,
-         "speedup": seconds / medians["cepo"], "error": None}
-        for name, seconds in medians.items()
-    ]  # fmt: skip
+    medians = race(benchmark, calls, ROUNDS)
+    table = [line(name, seconds, medians["cepo"]) for name, seconds in medians.items()]
     title = f"{benchmark.group}: N = {rows}, H = {WIDTH}, V = {HEAD:,}, gradients included"
     tables.append({"group": benchmark.group, "title": title, "rows": table, "absent": {}})

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from interleaved import Turns
+from interleaved import line, race
 from linear_contenders import Run, gradient, peers
 from torch import Tensor
 
@@ -83,21 +83,15 @@ def test_linear(benchmark: Any, tables: list[dict[str, Any]], kind: str, dtype: 
     calls["product, fp32"] = lambda: wide @ wide_weight.t()
     if dtype == "bf16":
         calls["product, bf16"] = lambda: contexts[0] @ weight.t()
-    for call in calls.values():
-        call()
-    turns = Turns(calls)
     benchmark.group = f"linear {kind} {dtype}"
-    benchmark.pedantic(calls["cepo"], setup=lambda: turns.take(skip="cepo"), rounds=ROUNDS)
-    turns.seconds["cepo"] = list(benchmark.stats.stats.data)
-    medians = turns.medians()
-    products = PRODUCTS[kind] * min(seconds for name, seconds in medians.items() if name.startswith("product"))
+    medians = race(benchmark, calls, ROUNDS)
+    product = PRODUCTS[kind] * min(seconds for name, seconds in medians.items() if name.startswith("product"))
     table = [
-        {"name": name, "ms": seconds * 1e3, "gb_per_s": None, "share_of_read": seconds / products,
-         "speedup": seconds / medians["cepo"], "error": None}
-        for name, seconds in medians.items() if not name.startswith("product")
-    ]  # fmt: skip
-    table.append({"name": f"{PRODUCTS[kind]} x the product", "ms": products * 1e3, "gb_per_s": None,
-                  "share_of_read": 1.0, "speedup": None, "error": None})  # fmt: skip
+        line(name, seconds, medians["cepo"], share=seconds / product)
+        for name, seconds in medians.items()
+        if not name.startswith("product")
+    ]
+    table.append(line(f"{PRODUCTS[kind]} x the product", product, None, share=1.0))
     _finish(tables, benchmark.group, table)
 
 
@@ -118,18 +112,11 @@ def test_rows_without_a_coefficient_cost_nothing(benchmark: Any, tables: list[di
             torch.autograd.grad(out.loss, (hidden, weight))
 
     calls = {"cepo": lambda: backward(half), "all rows": lambda: backward(every)}
-    for call in calls.values():
-        call()
-    turns = Turns(calls)
     benchmark.group = f"linear {kind}, half of the rows"
-    benchmark.pedantic(calls["cepo"], setup=lambda: turns.take(skip="cepo"), rounds=ROUNDS)
-    turns.seconds["cepo"] = list(benchmark.stats.stats.data)
-    medians = turns.medians()
+    medians = race(benchmark, calls, ROUNDS)
     table = [
-        {"name": name, "ms": seconds * 1e3, "gb_per_s": None, "share_of_read": seconds / medians["all rows"],
-         "speedup": seconds / medians["cepo"], "error": None}
-        for name, seconds in medians.items()
-    ]  # fmt: skip
+        line(name, seconds, medians["cepo"], share=seconds / medians["all rows"]) for name, seconds in medians.items()
+    ]
     _finish(tables, benchmark.group, table)
 
 

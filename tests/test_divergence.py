@@ -127,6 +127,22 @@ def test_nearly_equal_rows_keep_their_digits(backend, gap, offset, how, cut):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_of_every_size(backend, dtype, kind):
+    """From 1e-4 to some nats: where a plain sum would cancel, where it would do, and about where one is as good."""
+    gaps = torch.logspace(-1.2, 0.7, 40, dtype=torch.float64)[:, None]
+    flat, other = (oracle.logits_like((40, 1024), seed, torch.float64, 1.0) for seed in (1, 2))
+    peaked, level = flat + 0.0, 0.1 * flat[:, :1].expand(-1, 1024) * torch.ones(1024)
+    peaked[:, 0] += 11.0
+    level[:, 0] += 7.0  # over equal tails, whose terms all round to the same side
+    moved = level.clone()
+    moved[:, 0] += gaps[:, 0]
+    student = torch.cat([flat, peaked, level]).to(dtype)
+    teacher = torch.cat([flat + gaps * other, peaked + gaps * other, moved]).to(dtype)
+    check(backend, student, teacher, kind=kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_soft_cap_keeps_the_digits_of_nearly_equal_rows(backend, kind):
     student, teacher = pair(gap=1e-3)
     values, _ = run(backend, student, teacher, kind=kind, logit_softcap=30.0)

@@ -1,11 +1,14 @@
-// Divergences between two rows: a sweep for the normalisers, one for the sum, one for the gradient; the later ones find
-// the rows in the cache. Blocks become float32 first, so that the arithmetic is written once for all dtypes.
+// Divergences between two rows, where the plain sums do not serve: a sweep for the normalisers, one for the sum, one
+// for the gradient; the later ones find the rows in the cache. Blocks become float32 first, so that the arithmetic is
+// written once for all dtypes.
 #pragma once
 
 #include <stdlib.h>
 
-#include "blocks.h"
+#include <type_traits>
+
 #include "divergence_columns.h"
+#include "divergence_plain.h"
 
 namespace cepo {
 namespace CEPO_ISA {
@@ -186,19 +189,23 @@ struct Pair {
             with_row(d.student, d.inner, row, [&](auto x) { largest(x, d.vocabulary, d.top_k, kept); });
             chosen = kept;
         }
-        Scan student, teacher;
-        student.k = teacher.k = transform.k;
-        over_blocks([&](int64_t, int64_t, int64_t full) {
-            student.block<float, false>(block.student_y, full);
-            teacher.block<float, false>(block.teacher_y, full);
-            return !student.poisoned && !teacher.poisoned;
-        });
-        if (student.poisoned || teacher.poisoned) return give_up();
-        const bool slow =
-            student.huge || teacher.huge || (student.tiny && !student.placed) || (teacher.tiny && !teacher.placed);
-        if (d.top_k > 0) return run_entries(student.sum, teacher.sum, slow);
-        if (slow) return run_slowly();
+        PairScan pair(transform.k);
+        Scan &student = is_reverse() ? pair.x : pair.y, &teacher = is_reverse() ? pair.y : pair.x;
+        const bool plain = !in_order && !(d.clip < INFINITY);
+        if (plain) {
+            of_both([&](auto x, auto y) { pair.row(x, y, d.vocabulary); });
+        } else {
+            over_blocks([&](int64_t, int64_t, int64_t full) {
+                student.block<float, false>(block.student_y, full);
+                teacher.block<float, false>(block.teacher_y, full);
+                return !student.poisoned && !teacher.poisoned;
+            });
+        }
+        if (pair.poisoned()) return give_up();
+        if (d.top_k > 0) return run_entries(student.sum, teacher.sum, pair.slow());
+        if (pair.slow()) return run_slowly();
         if (student.sum.s == 0.0 || teacher.sum.s == 0.0) return give_up();
+        if (plain && (is_kl() ? run_plainly(pair) : d.beta == 0.5 && run_evenly(pair))) return;
         if (d.vocabulary == 1) return run_slowly();  // exactly 0
         if (transform.capped || d.clip < INFINITY) return run_fast<kEverything>(student.sum, teacher.sum);
         const bool narrow = d.student.dtype != Dtype::kFloat32 && d.teacher.dtype != Dtype::kFloat32;
@@ -216,6 +223,46 @@ struct Pair {
                 return d.beta == 0.5 ? run_form<kEvenJsd, kNeeds>(student, teacher)
                                      : run_form<kJsd, kNeeds>(student, teacher);
         }
+    }
+
+    bool is_reverse() const { return how().kind == Kind::kReverse; }
+    bool is_kl() const { return how().kind != Kind::kJsd; }
+    // f(the row whose probabilities weigh a KL's log-ratios, the other), of one dtype.
+    template <class F>
+    void of_both(F f) const {
+        with_row(is_reverse() ? d.student : d.teacher, d.inner, row, [&](auto x) {
+            f(x, row_start<std::decay_t<decltype(*x)>>(is_reverse() ? d.teacher : d.student, d.inner, row));
+        });
+    }
+    // Both: whether the sums know the value well enough, and then all is done.
+    bool run_plainly(const PairScan& pair) const {
+        const double value = pair.value();
+        if (!(value >= kPlain) || pair.worst > kFarApart) return false;
+        put_value(value);
+        if (writes)
+            of_both([&](auto x, auto y) {
+                const auto out = gradient_row(x);
+                is_reverse() ? plain_gradient<true>(pair, x, y, out, d.vocabulary, value, weight * transform.chain)
+                             : plain_gradient<false>(pair, x, y, out, d.vocabulary, value, weight * transform.chain);
+            });
+        return true;
+    }
+    bool run_evenly(const PairScan& pair) const {
+        if (pair.value() < 4.0 * kPlainJsd) return false;  // a small jsd is a quarter of it
+        EvenJsd jsd(pair);
+        of_both(
+            [&](auto x, auto y) { writes ? jsd.sum<true>(x, y, d.vocabulary) : jsd.sum<false>(x, y, d.vocabulary); });
+        if (!(jsd.value >= kPlainJsd)) return false;
+        put_value(jsd.value);
+        if (writes)
+            of_both(
+                [&](auto x, auto y) { jsd.gradient(x, y, gradient_row(x), d.vocabulary, weight * transform.chain); });
+        return true;
+    }
+    // Of the dtype that x points to.
+    template <class T>
+    T* gradient_row(const T*) const {
+        return writable(row_start<T>(d.gradient, d.inner, row));
     }
 
     static double gap_of(RowSum student, RowSum teacher) {

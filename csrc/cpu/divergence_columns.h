@@ -6,7 +6,7 @@
 // normalisers, whose error to first order adds nothing: it is measured, as sum q - p, and taken out to second order.
 #pragma once
 
-#include "scan.h"
+#include "divergence_plain.h"
 
 namespace cepo {
 namespace CEPO_ISA {
@@ -14,7 +14,6 @@ namespace CEPO_ISA {
 enum Form { kForwardKl, kReverseKl, kJsd, kEvenJsd };  // the last: of beta 1/2
 // What a call can do without: a soft cap and a clip; and, of 16-bit logits, the rounding of their difference.
 enum Needs { kEverything, kNoCapNoClip, kExactDifferences };
-constexpr float kFarApart = 0x1p22f;  // a log2 ratio from which a probability that float32 lacks may weigh: go slow
 
 // w = 2^-t and 1 - w for t in [0, 127], each to the last bits.
 struct Decay {

@@ -186,24 +186,37 @@ struct Scan {
     }
     bool too_high(float top) const { return top * k - static_cast<float>(sum.c) > kHeadroom; }
 
+    // A first reference; and where the last block moved it, the next one's.
+    template <class T>
+    void look_ahead(const T* x, int64_t n) {
+        if (placed && !rising) return;
+        const float top = block_max(x, n);
+        rising = placed && too_high(top);
+        if (!placed || rising) place(top);
+    }
+    // Whether a block of this maximum moves the reference, and must be summed again.
+    bool moved(float top) {
+        if (!placed || !too_high(top)) return false;
+        rising = true;
+        place(top);
+        return true;
+    }
+    void add(double s, double u) {
+        poisoned = s != s;
+        sum.s += s;
+        sum.u += u;
+    }
+
     template <class T, bool kEntropy>
     void block(const T* x, int64_t n) {
-        if (!placed || rising) {
-            const float top = block_max(x, n);
-            rising = placed && too_high(top);
-            if (!placed || rising) place(top);
-            if (done()) return;
-        }
+        look_ahead(x, n);
+        if (done()) return;
         BlockSum got = block_sum<T, kEntropy>(x, n, k, static_cast<float>(sum.c));
-        if (placed && too_high(got.top)) {
-            rising = true;
-            place(got.top);
+        if (moved(got.top)) {
             if (done()) return;
             got = block_sum<T, kEntropy>(x, n, k, static_cast<float>(sum.c));
         }
-        poisoned = got.s != got.s;
-        sum.s += got.s;
-        sum.u += got.u;
+        add(got.s, got.u);
     }
 };
 
