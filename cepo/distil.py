@@ -23,6 +23,7 @@ from cepo import checkpoint
 from cepo.config import LossConfig, TeacherConfig
 from cepo.errors import InputError
 from cepo.policy import Policy, continued_states, encode, prefill, render, response_states
+from cepo.prompts import hinted
 from cepo.rollout import Rollouts
 from cepo.tasks import Problem, Task
 
@@ -80,12 +81,12 @@ def solution_context(policy: Policy, config: TeacherConfig, problem: Problem, re
     if not isinstance(solution, str) or not solution.strip():
         raise InputError(
             f"loss.name: opsd needs a worked solution, `solution` in the data of every problem, "
-            f"{problem.prompt[:40]!r} has none"
+            f"{problem.text[:40]!r} has none"
         )
-    ids = _context(policy, config.solution_hint, prompt=problem.prompt, solution=solution)
+    ids = _context(policy, config.solution_hint, problem, solution=solution)
     if len(ids) + response > policy.context:
         raise InputError(
-            f"solution in the prompt {problem.prompt[:40]!r}: expected at most {policy.context} tokens, the model's "
+            f"solution in the prompt {problem.text[:40]!r}: expected at most {policy.context} tokens, the model's "
             f"context, got {len(ids)} + {response} of the response"
         )
     return ids
@@ -113,10 +114,10 @@ def build(
         sibling = next((i for i in group if i != b and success[i]), None)
         if "sibling" in kinds and sibling is not None:
             solution = rollouts.completions[sibling].strip()
-            yield "sibling", _context(policy, config.sibling_hint, prompt=problem.prompt, solution=solution)
+            yield "sibling", _context(policy, config.sibling_hint, problem, solution=solution)
         say = getattr(task, "feedback", None)
         if "feedback" in kinds and say and (said := say(rollouts.completions[b], problem)):
-            yield "feedback", _context(policy, config.feedback_hint, prompt=problem.prompt, feedback=said)
+            yield "feedback", _context(policy, config.feedback_hint, problem, feedback=said)
 
     chosen: list[tuple[str, list[int] | None]] = []
     for b, response in enumerate(rollouts.responses):
@@ -142,5 +143,5 @@ def told_states(
     return continued_states(teacher, prefill(teacher, list(distinct)), index, responses)
 
 
-def _context(policy: Policy, hint: str, **texts: str) -> list[int]:
-    return encode(policy, render(policy, hint.format(**texts)))
+def _context(policy: Policy, hint: str, problem: Problem, **texts: str) -> list[int]:
+    return encode(policy, render(policy, hinted(hint, problem.prompt, **texts)))

@@ -23,6 +23,7 @@ from torch import Tensor
 from cepo import checkpoint
 from cepo.config import PolicyConfig
 from cepo.errors import InputError, one_line
+from cepo.prompts import Prompt, text_of
 from cepo_kernels import (
     ContrastiveLogprobs,
     PolicyLoss,
@@ -165,12 +166,19 @@ def resolve(name: str) -> str:
     return name
 
 
-def render(policy: Policy, text: str) -> str:
-    """`text` as a user turn in the tokenizer's chat template, the assistant's header after it; plain without one."""
+def render(policy: Policy, prompt: Prompt) -> str:
+    """`prompt` in the tokenizer's chat template, a text as a user turn, and the assistant's header; plain without one.
+
+    Raises InputError if the template refuses it, as some do with a system turn.
+    """
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not policy.tokenizer.chat_template:
-        return text
-    turn = [{"role": "user", "content": text}]
-    return str(policy.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return "\n".join(str(turn["content"]) for turn in turns)
+    try:
+        return str(policy.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program, and ends as its author pleased
+        told = f"{[turn['role'] for turn in turns]} of {text_of(prompt)[:40]!r}: {one_line(error)[:200]}"
+        raise InputError(f"prompt: expected turns that the model's chat template takes, got {told}") from error
 
 
 def encode(policy: Policy, rendered: str) -> list[int]:

@@ -43,7 +43,7 @@ class TaskConfig:
     """Where the problems come from.
 
     Args:
-        name: addition, reasoning_gym:<dataset>, or jsonl:<path>.
+        name: addition, reasoning_gym:<dataset>, jsonl:<path>, or hf:<name or path>.
         options: the task's own options.
     """
 
