@@ -246,9 +246,12 @@ def _parse_for_model(command: str, arguments: list[str]) -> tuple[Config, Namesp
 def _eval(arguments: list[str]) -> int:
     config, _, _ = _parse_for_model("eval", arguments)
     from cepo import trainer
+    from cepo.config import RewardConfig
     from cepo.parts import load_parts
     from cepo.policy import threads
 
+    # Accuracy is by the task's own check; no other reward is loaded, or run.
+    config.reward = RewardConfig(success_threshold=config.reward.success_threshold)
     parts = load_parts(config)
     with threads(parts.policy, config.policy.threads):
         result = trainer.evaluate(parts)
