@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cepo import checkpoint
+from cepo import adapters, checkpoint
 from cepo.config import LossConfig, TeacherConfig
 from cepo.errors import InputError
 from cepo.policy import Policy, continued_states, encode, prefill, render, response_states
@@ -33,7 +33,10 @@ class SelfTeacher:
 
     def __init__(self, model: Any, config: LossConfig) -> None:
         self.kind, self.ema = config.teacher, config.ema
-        self.model = model if self.kind == "policy" else copy.deepcopy(model).requires_grad_(False)
+        # What does not learn is the same in both for ever, and kept once.
+        self._frozen = adapters.frozen_names(model)
+        shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self.model = model if self.kind == "policy" else copy.deepcopy(model, shared).requires_grad_(False)
         self._saved: list[Any] | None = None
 
     @torch.no_grad()
@@ -51,7 +54,7 @@ class SelfTeacher:
         """What goes into each checkpoint: the weights of an average, or which file the fixed ones are in."""
         if self.kind == "policy":
             return {}
-        return {f"{self.kind}_teacher": self._saved if self.kind == "fixed" else self.model.state_dict()}
+        return {f"{self.kind}_teacher": self._saved if self.kind == "fixed" else self._learned()}
 
     def restore(self, run: Path, state: dict[str, Any]) -> None:
         """Take the weights back. Raises InputError where the run had another teacher, or its file is damaged."""
@@ -62,7 +65,11 @@ class SelfTeacher:
             raise InputError(f"loss.teacher: expected the one {run} has had, got {self.kind!r}, of which it saved none")
         if self.kind == "fixed":
             self._saved, saved = saved, checkpoint.load_teacher(run, saved)
-        self.model.load_state_dict(saved)
+        own = self.model.state_dict()
+        self.model.load_state_dict({**{name: own[name] for name in self._frozen}, **saved})
+
+    def _learned(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.model.state_dict().items() if name not in self._frozen}
 
 
 class Contexts(NamedTuple):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cepo import checkpoint
+from cepo import adapters, checkpoint
 from cepo.config import PolicyConfig
 from cepo.errors import InputError, one_line
 from cepo.prompts import Prompt, text_of
@@ -74,11 +74,13 @@ def load_policy(config: PolicyConfig) -> Policy:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     device = _device(config.device)
-    source = resolve(config.model)
+    named = resolve(config.model)
+    base = adapters.base_of(named)
+    source = named if base is None else base
     options: dict[str, Any] = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
     try:
         AutoConfig.from_pretrained(source, **options)  # the cheapest way to learn that there is nothing to load
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(named, **options)
         # Wrong shapes and missing weights are told below, in one line in place of their table.
         options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
         verbosity = transformers_logging.get_verbosity()
@@ -88,7 +90,8 @@ def load_policy(config: PolicyConfig) -> Policy:
         finally:
             transformers_logging.set_verbosity(verbosity)
     except Exception as error:  # a damaged file fails in whatever way the library that reads it does
-        raise InputError(f"policy.model: cannot load {config.model!r}: {one_line(error)[:300]}") from error
+        of = "" if base is None else f", an adapter of {base!r}"
+        raise InputError(f"policy.model: cannot load {config.model!r}{of}: {one_line(error)[:300]}") from error
     model, info = loaded
     quantized = getattr(model.config, "quantization_config", None) is not None
     if info["mismatched_keys"]:
@@ -103,6 +106,10 @@ def load_policy(config: PolicyConfig) -> Policy:
         )
     if quantized:
         model = _without_quantization(model)
+    if base is not None:
+        adapters.load(model, named, config.lora)
+    elif config.lora is not None:
+        adapters.add(model, config.lora, source)
     model.to(device=device)
     return make_policy(model, tokenizer, compute_dtype=getattr(torch, config.compute_dtype))
 
