@@ -92,6 +92,11 @@ def _run(arguments: list[str]) -> int:
         from cepo.compare import command as compare
 
         return compare.main(_parser("compare"), arguments[1:])
+    if command == "train" and "--dry-run" in arguments:
+        from cepo import memory
+
+        print(memory.report(parse("train", arguments[1:])[0]))
+        return 0
     return {"train": _train, "eval": _eval, "diagnose": _diagnose}[command](arguments[1:])
 
 
@@ -114,6 +119,7 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     if command == "train":
         parser.add_argument("--resume", help="a run directory or one of its checkpoints to continue from")
+        parser.add_argument("--dry-run", action="store_true", help="say what a step would take, and leave it at that")
     if command == "diagnose":
         parser.add_argument("--out", help="JSON file for all the numbers")
         parser.add_class_arguments(DiagnoseConfig, "diagnose")
