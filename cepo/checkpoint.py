@@ -3,7 +3,8 @@
     <run>/config.yaml  metrics.jsonl  curves.png  .lock
     <run>/tokens/step-000020.json    rollouts token by token, for `cepo tokens`
     <run>/teacher.pt                 weights of a fixed teacher, as it never changes
-    <run>/checkpoints/step-000020/   a model that `from_pretrained` loads, its tokenizer, and
+    <run>/checkpoints/step-000020/   a model that `from_pretrained` loads (or an adapter), its tokenizer,
+                                     its model card README.md, and
                                      state.pt       the optimizer's, and that of `advantage.alpha: auto` and of
                                                     a distillation's teacher
                                      manifest.json  step, and size and SHA-256 of every file
@@ -40,6 +41,7 @@ CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 STATE = "state.pt"
 TEACHER = "teacher.pt"
+CARD = "README.md"
 LOCK = ".lock"
 
 
@@ -86,11 +88,14 @@ def save(
     optimizer: its state, of the whole; weights: those of the model, if it does not hold them all itself.
     """
     path = run / FOLDER / f"step-{step:06d}"
+    from cepo import card  # which reads runs, and so needs what is here
+
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
         temporary.mkdir()
         model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
+        (temporary / CARD).write_text(card.text(run, step), encoding="utf-8")
         torch.save({"optimizer": optimizer, **state}, temporary / STATE)
         files = {str(file.relative_to(temporary)): _digest(file) for file in _files(temporary)}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))

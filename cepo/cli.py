@@ -108,6 +108,11 @@ def _run(arguments: list[str]) -> int:
         from cepo.report import command as report
 
         return {"tokens": report.tokens, "plot": report.plot}[command](_parser(command), arguments[1:])
+    if command == "train" and "--dry-run" in arguments:
+        from cepo import memory
+
+        print(memory.report(parse("train", arguments[1:])[0]))
+        return 0
     return {"train": _train, "eval": _eval, "diagnose": _diagnose}[command](arguments[1:])
 
 
@@ -131,6 +136,7 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     if command == "train":
         parser.add_argument("--resume", help="a run directory or one of its checkpoints to continue from")
+        parser.add_argument("--dry-run", action="store_true", help="say what a step would take, and leave it at that")
     if command == "diagnose":
         parser.add_argument("--out", help="JSON file for all the numbers")
         parser.add_class_arguments(DiagnoseConfig, "diagnose")
@@ -292,9 +298,12 @@ def _parse_for_model(command: str, arguments: list[str]) -> tuple[Config, Namesp
 def _eval(arguments: list[str]) -> int:
     config, _, _ = _parse_for_model("eval", arguments)
     from cepo import trainer
+    from cepo.config import RewardConfig
     from cepo.parts import load_parts
     from cepo.policy import threads
 
+    # Accuracy is by the task's own check; no other reward is loaded, or run.
+    config.reward = RewardConfig(success_threshold=config.reward.success_threshold)
     parts = load_parts(config)
     with threads(parts.policy, config.policy.threads):
         result = trainer.evaluate(parts)

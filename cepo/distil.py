@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cepo import checkpoint
+from cepo import adapters, checkpoint
 from cepo.config import LossConfig, TeacherConfig
 from cepo.errors import InputError
 from cepo.policy import Policy, continued_states, encode, prefill, render, response_states
+from cepo.prompts import hinted
 from cepo.rollout import Rollouts
 from cepo.sharding import local, weights
 from cepo.tasks import Problem, Task
@@ -33,7 +34,10 @@ class SelfTeacher:
 
     def __init__(self, model: Any, config: LossConfig) -> None:
         self.kind, self.ema = config.teacher, config.ema
-        self.model = model if self.kind == "policy" else copy.deepcopy(model).requires_grad_(False)
+        # What does not learn is the same in both for ever, and kept once.
+        self._frozen = adapters.frozen_names(model)
+        shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self.model = model if self.kind == "policy" else copy.deepcopy(model, shared).requires_grad_(False)
         self._saved: list[Any] | None = None
 
     @torch.no_grad()
@@ -51,8 +55,7 @@ class SelfTeacher:
         """What goes into each checkpoint: the weights of an average, or which file the fixed ones are in."""
         if self.kind == "policy":
             return {}
-        average = weights(self.model) or self.model.state_dict() if self.kind == "ema" else None
-        return {f"{self.kind}_teacher": self._saved if self.kind == "fixed" else average}
+        return {f"{self.kind}_teacher": self._saved if self.kind == "fixed" else self._learned()}
 
     def restore(self, run: Path, state: dict[str, Any]) -> None:
         """Take the weights back. Raises InputError where the run had another teacher, or its file is damaged."""
@@ -63,7 +66,12 @@ class SelfTeacher:
             raise InputError(f"loss.teacher: expected the one {run} has had, got {self.kind!r}, of which it saved none")
         if self.kind == "fixed":
             self._saved, saved = saved, checkpoint.load_teacher(run, saved)
-        self.model.load_state_dict(saved)
+        own = self.model.state_dict()
+        self.model.load_state_dict({**{name: own[name] for name in self._frozen}, **saved})
+
+    def _learned(self) -> dict[str, Tensor]:
+        state = weights(self.model) or self.model.state_dict()
+        return {name: value for name, value in state.items() if name not in self._frozen}
 
 
 class Contexts(NamedTuple):
@@ -82,12 +90,12 @@ def solution_context(policy: Policy, config: TeacherConfig, problem: Problem, re
     if not isinstance(solution, str) or not solution.strip():
         raise InputError(
             f"loss.name: opsd needs a worked solution, `solution` in the data of every problem, "
-            f"{problem.prompt[:40]!r} has none"
+            f"{problem.text[:40]!r} has none"
         )
-    ids = _context(policy, config.solution_hint, prompt=problem.prompt, solution=solution)
+    ids = _context(policy, config.solution_hint, problem, solution=solution)
     if len(ids) + response > policy.context:
         raise InputError(
-            f"solution in the prompt {problem.prompt[:40]!r}: expected at most {policy.context} tokens, the model's "
+            f"solution in the prompt {problem.text[:40]!r}: expected at most {policy.context} tokens, the model's "
             f"context, got {len(ids)} + {response} of the response"
         )
     return ids
@@ -115,10 +123,10 @@ def build(
         sibling = next((i for i in group if i != b and success[i]), None)
         if "sibling" in kinds and sibling is not None:
             solution = rollouts.completions[sibling].strip()
-            yield "sibling", _context(policy, config.sibling_hint, prompt=problem.prompt, solution=solution)
+            yield "sibling", _context(policy, config.sibling_hint, problem, solution=solution)
         say = getattr(task, "feedback", None)
         if "feedback" in kinds and say and (said := say(rollouts.completions[b], problem)):
-            yield "feedback", _context(policy, config.feedback_hint, prompt=problem.prompt, feedback=said)
+            yield "feedback", _context(policy, config.feedback_hint, problem, feedback=said)
 
     chosen: list[tuple[str, list[int] | None]] = []
     for b, response in enumerate(rollouts.responses):
@@ -144,5 +152,5 @@ def told_states(
     return continued_states(teacher, prefill(teacher, list(distinct)), index, responses)
 
 
-def _context(policy: Policy, hint: str, **texts: str) -> list[int]:
-    return encode(policy, render(policy, hint.format(**texts)))
+def _context(policy: Policy, hint: str, problem: Problem, **texts: str) -> list[int]:
+    return encode(policy, render(policy, hinted(hint, problem.prompt, **texts)))

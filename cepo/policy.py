@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cepo import checkpoint
+from cepo import adapters, checkpoint
 from cepo.assets import EMBEDDED_MODEL, embedded_model
 from cepo.config import PolicyConfig
 from cepo.errors import InputError, one_line
+from cepo.prompts import Prompt, text_of
 from cepo_kernels import (
     ContrastiveLogprobs,
     PolicyLoss,
@@ -75,11 +76,13 @@ def load_policy(config: PolicyConfig) -> Policy:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     device = _device(config.device)
-    source = resolve(config.model)
+    named = resolve(config.model)
+    base = adapters.base_of(named)
+    source = named if base is None else base
     options: dict[str, Any] = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
     try:
         AutoConfig.from_pretrained(source, **options)  # the cheapest way to learn that there is nothing to load
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(named, **options)
         # Wrong shapes and missing weights are told below, in one line in place of their table.
         options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
         verbosity = transformers_logging.get_verbosity()
@@ -89,7 +92,8 @@ def load_policy(config: PolicyConfig) -> Policy:
         finally:
             transformers_logging.set_verbosity(verbosity)
     except Exception as error:  # a damaged file fails in whatever way the library that reads it does
-        raise InputError(f"policy.model: cannot load {config.model!r}: {one_line(error)[:300]}") from error
+        of = "" if base is None else f", an adapter of {base!r}"
+        raise InputError(f"policy.model: cannot load {config.model!r}{of}: {one_line(error)[:300]}") from error
     model, info = loaded
     quantized = getattr(model.config, "quantization_config", None) is not None
     if info["mismatched_keys"]:
@@ -104,6 +108,10 @@ def load_policy(config: PolicyConfig) -> Policy:
         )
     if quantized:
         model = _without_quantization(model)
+    if base is not None:
+        adapters.load(model, named, config.lora)
+    elif config.lora is not None:
+        adapters.add(model, config.lora, source)
     model.to(device=device)
     return make_policy(model, tokenizer, compute_dtype=getattr(torch, config.compute_dtype))
 
@@ -163,12 +171,19 @@ def resolve(name: str) -> str:
     return name
 
 
-def render(policy: Policy, text: str) -> str:
-    """`text` as a user turn in the tokenizer's chat template, the assistant's header after it; plain without one."""
+def render(policy: Policy, prompt: Prompt) -> str:
+    """`prompt` in the tokenizer's chat template, a text as a user turn, and the assistant's header; plain without one.
+
+    Raises InputError if the template refuses it, as some do with a system turn.
+    """
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not policy.tokenizer.chat_template:
-        return text
-    turn = [{"role": "user", "content": text}]
-    return str(policy.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return "\n".join(str(turn["content"]) for turn in turns)
+    try:
+        return str(policy.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program, and ends as its author pleased
+        told = f"{[turn['role'] for turn in turns]} of {text_of(prompt)[:40]!r}: {one_line(error)[:200]}"
+        raise InputError(f"prompt: expected turns that the model's chat template takes, got {told}") from error
 
 
 def encode(policy: Policy, rendered: str) -> list[int]:

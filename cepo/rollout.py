@@ -96,7 +96,7 @@ def encode_prompts(policy: Policy, problems: Sequence[Problem], max_new_tokens: 
     for problem, ids in zip(problems, prompts, strict=True):
         if len(ids) + max_new_tokens > policy.context:
             raise InputError(
-                f"prompt {problem.prompt[:40]!r}: expected at most {policy.context} tokens, the model's context, "
+                f"prompt {problem.text[:40]!r}: expected at most {policy.context} tokens, the model's context, "
                 f"got {len(ids)} + {max_new_tokens} to generate"
             )
     return prompts

@@ -18,6 +18,7 @@ from torch import Tensor
 from cepo.config import TeacherConfig
 from cepo.errors import InputError
 from cepo.policy import Policy, Prefixes, continued_states, encode, prefill, render, response_states
+from cepo.prompts import hinted
 from cepo.rewards import is_success
 from cepo.rollout import Rollouts
 from cepo.tasks import Problem, Task
@@ -72,7 +73,7 @@ def wrong_answer(
 def teacher_context(policy: Policy, config: TeacherConfig, problem: Problem, answer: str) -> list[int]:
     """Token ids of the prompt with `answer` in it, rendered as one text."""
     if config.template == "hint":
-        return encode(policy, render(policy, config.hint.format(prompt=problem.prompt, answer=answer)))
+        return encode(policy, render(policy, hinted(config.hint, problem.prompt, answer=answer)))
     return encode(policy, render(policy, problem.prompt) + config.splice.format(answer=answer))
 
 
@@ -81,7 +82,7 @@ def check_context(policy: Policy, config: TeacherConfig, problem: Problem, respo
     context = teacher_context(policy, config, problem, problem.answer)
     if len(context) + response > policy.context:
         raise InputError(
-            f"teacher context of prompt {problem.prompt[:40]!r}: expected at most {policy.context} tokens, the "
+            f"teacher context of prompt {problem.text[:40]!r}: expected at most {policy.context} tokens, the "
             f"model's context, got {len(context)} + {response} of the response"
         )
 

@@ -108,8 +108,8 @@ def place(parts: Parts, model: Any) -> None:
 
 def make_optimizer(parts: Parts) -> torch.optim.Optimizer:
     """AdamW on float32 weights."""
-    config = parts.config.train
-    return torch.optim.AdamW(parts.policy.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    config, trained = parts.config.train, [p for p in parts.policy.model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def check_prompts(parts: Parts) -> None:

@@ -29,7 +29,7 @@ def encode_answer(parts: Parts, problem: Problem, before: int) -> tuple[list[int
     """
     policy, own = parts.policy, getattr(parts.task, "answer_cue", None)
     if not problem.answer.strip():
-        raise InputError(f"credit.name: rredcot needs the answer of every problem, {problem.prompt[:40]!r} has none")
+        raise InputError(f"credit.name: rredcot needs the answer of every problem, {problem.text[:40]!r} has none")
     form = parts.config.rredcot.cue or (CUE if own is None else own + "{answer}")
     cue, _, after = form.partition("{answer}")
     ids, scored = (policy.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (cue, problem.answer + after))
@@ -37,7 +37,7 @@ def encode_answer(parts: Parts, problem: Problem, before: int) -> tuple[list[int
         scored = [*scored, policy.eos_ids[0]]
     if before + len(ids) + len(scored) > policy.context:
         raise InputError(
-            f"answer after a response to {problem.prompt[:40]!r}: expected at most {policy.context} tokens, the "
+            f"answer after a response to {problem.text[:40]!r}: expected at most {policy.context} tokens, the "
             f"model's context, got {before} + {len(ids) + len(scored)} of cue and answer"
         )
     return ids + scored, [-100] * len(ids) + scored

@@ -28,7 +28,7 @@ def task(request, tmp_path):
 
 def test_every_task_is_found_by_name_and_keeps_the_protocol(task):
     assert isinstance(task, Task)
-    assert available_tasks() == ["addition", "jsonl", "reasoning_gym", "worked"]
+    assert available_tasks() == ["addition", "hf", "jsonl", "reasoning_gym", "worked"]
 
 
 def test_a_training_problem_is_a_function_of_index_and_seed(task):
@@ -66,8 +66,8 @@ def test_held_out_splits_are_checked_by_name_and_size(task):
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
-        ("subtraction", {}, "expected one of addition, jsonl, reasoning_gym, worked"),
-        ("_answers", {}, "expected one of addition, jsonl, reasoning_gym, worked"),
+        ("subtraction", {}, "expected one of addition, hf, jsonl, reasoning_gym, worked"),
+        ("_answers", {}, "expected one of addition, hf, jsonl, reasoning_gym, worked"),
         ("addition:4", {}, "takes no argument, got '4'"),
         ("addition", {"digits": 4}, "expected options among max_new_tokens, got 'digits'"),
         ("reasoning_gym:no_such", {}, "chain_sum.*got 'no_such'"),

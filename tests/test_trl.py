@@ -28,6 +28,7 @@ from cepo.errors import InputError
 from cepo.integrations import trl as integration
 from cepo.integrations.trl import CEPOConfig, CEPOTrainer
 from cepo.policy import make_policy, response_logits
+from cepo.prompts import hinted
 from cepo.tasks import Problem
 from cepo.teacher import teacher_context
 from cepo_kernels import contrastive_logprobs
@@ -274,15 +275,15 @@ def test_answers_are_read_and_compared_as_told(tmp_path: Path) -> None:
 def test_a_hint_goes_into_the_last_user_turn() -> None:
     system, image = {"role": "system", "content": "s"}, {"type": "image", "image": object()}
     turns = [system, *prompt("a"), {"role": "assistant", "content": "b"}, *prompt("c")]
-    hinted = integration._hinted("{prompt}! {answer}", turns, "{x}")
-    assert [turn["content"] for turn in hinted] == ["s", "a", "b", "c! {x}"]
+    told = hinted("{prompt}! {answer}", turns, answer="{x}")
+    assert [turn["content"] for turn in told] == ["s", "a", "b", "c! {x}"]
     assert turns[-1]["content"] == "c"
     blocks = [{"role": "user", "content": [{"type": "text", "text": "a"}, image]}]
-    assert integration._hinted("{prompt}!", blocks, "")[0]["content"] == [{"type": "text", "text": "a!"}, image]
+    assert hinted("{prompt}!", blocks)[0]["content"] == [{"type": "text", "text": "a!"}, image]
     bare = [{"role": "user", "content": [image]}]
-    assert integration._hinted("{prompt}!", bare, "")[0]["content"] == [image, {"type": "text", "text": "!"}]
+    assert hinted("{prompt}!", bare)[0]["content"] == [image, {"type": "text", "text": "!"}]
     with pytest.raises(InputError, match=r"prompt: expected a user turn for the hint, got roles \['system'\]"):
-        integration._hinted("{prompt}", [system], "7")
+        hinted("{prompt}", [system])
 
 
 @pytest.mark.parametrize(

@@ -198,9 +198,9 @@ def _without_times(record: Record) -> Record:
 
 def _common(cell: Cell, parts: Parts, steps: int) -> Record:
     """The problems of training, in their order, and of the evaluation, in which cells must agree; pass@k; software."""
-    training = [problem.prompt for step in range(1, steps + 1) for problem in problems_of(parts, step)]
+    training = [problem.text for step in range(1, steps + 1) for problem in problems_of(parts, step)]
     problems = held_out(parts)
-    tested = [problem.prompt for problem in problems]
+    tested = [problem.text for problem in problems]
     return {
         "training_problems": digest(training),
         "held_out_problems": digest(tested),

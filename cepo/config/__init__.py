@@ -17,6 +17,7 @@ from cepo.config.parts import (
     CheckpointConfig,
     DiagnoseConfig,
     EvalConfig,
+    LoraConfig,
     PolicyConfig,
     ReportConfig,
     RolloutConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "DiagnoseConfig",
     "EvalConfig",
     "LogConfig",
+    "LoraConfig",
     "LossConfig",
     "PolicyConfig",
     "ProcessesConfig",
@@ -108,7 +110,8 @@ class Config:
         else:
             require(self.rollout.group_size >= 2, "rollout.group_size", "at least 2 to compare",
                      self.rollout.group_size)  # fmt: skip
-        require(self.reward.name == "verifier" or not self.advantage.counts_successes, "advantage.name",
+        counts = self.reward.name == "verifier" or self.reward.is_function
+        require(counts or not self.advantage.counts_successes, "advantage.name",
                  f"one that does not count successes, which reward {self.reward.name} knows nothing of",
                  self.advantage.name)  # fmt: skip
         require(self.reward.verifier != "embedded" or self.task.name == "addition", "reward.verifier",

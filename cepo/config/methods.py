@@ -16,20 +16,32 @@ class RewardConfig:
     """How good is a rollout?
 
     Args:
-        name: verifier (the task's own), cross_model_entropy or self_certainty (which read no label).
+        name: verifier (the task's own), cross_model_entropy or self_certainty (which read no label), or a function with
+            TRL's signature, package.module:function or path/to/file.py:function, which is imported and run.
         success_threshold: a rollout succeeds from this score of the task on, whatever its reward.
         verifier: of cross_model_entropy: embedded (which knows the built-in task), a directory or a Hugging Face name;
             null: embedded.
         empty: what cross_model_entropy gives an empty response; null: it is not scored.
+        timeout_s: seconds after which a function that has not returned ends the run; null: never.
     """
 
     name: str = "verifier"
     success_threshold: float = 1.0
     verifier: str | None = None
     empty: float | None = None
+    timeout_s: float | None = None
+
+    @property
+    def is_function(self) -> bool:
+        return ":" in self.name
 
     def check(self) -> None:
-        one_of("reward.name", self.name, axes.members("rewards"))
+        if not self.is_function:
+            one_of("reward.name", self.name, [*axes.members("rewards"), "package.module:function"])
+        require(self.is_function or self.timeout_s is None, "reward.timeout_s",
+                 f"none, since reward {self.name} is no function of yours", self.timeout_s)  # fmt: skip
+        require(self.timeout_s is None or 0 < self.timeout_s < float("inf"), "reward.timeout_s", "a number above 0",
+                 self.timeout_s)  # fmt: skip
         if self.name == "cross_model_entropy":
             self.verifier = self.verifier or "embedded"
         for name in ("verifier", "empty"):

@@ -16,6 +16,26 @@ SPLICE = "{answer}\n"
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank factors beside the model's layers, which alone learn. No dropout, which the ratio would not survive.
+
+    Args:
+        r: their rank.
+        alpha: they count alpha / r times.
+        target_modules: names of the layers, or all-linear, all but the head.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    target_modules: str | list[str] = "all-linear"
+
+    def check(self) -> None:
+        require(self.r >= 1, "policy.lora.r", "at least 1", self.r)
+        require(0 < self.alpha < float("inf"), "policy.lora.alpha", "a number above 0", self.alpha)
+        require(bool(self.target_modules), "policy.lora.target_modules", "names of layers", self.target_modules)
+
+
+@dataclass
 class PolicyConfig:
     """The model that learns.
 
@@ -26,6 +46,7 @@ class PolicyConfig:
         compute_dtype: float32, or bfloat16 by autocast; the weights are float32 either way.
         device: auto, cpu, cuda, cuda:1, ...
         threads: of the CPU; 0: one below ten million parameters, whose operations are too small to share, else all.
+        lora: train low-rank factors beside its layers alone (extra `[lora]`); null: train all its weights.
     """
 
     model: str = "embedded"
@@ -33,8 +54,13 @@ class PolicyConfig:
     compute_dtype: str = "float32"
     device: str = "auto"
     threads: int = 0
+    lora: LoraConfig | None = None
 
     def check(self) -> None:
+        if self.lora is not None:
+            self.lora.check()
+            require(self.gguf_file is None, "policy.gguf_file",
+                     "none with policy.lora, whose base has to be loadable by its name", self.gguf_file)  # fmt: skip
         require(self.threads >= 0, "policy.threads", "at least 0", self.threads)
         one_of("policy.compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
 
@@ -44,7 +70,7 @@ class TaskConfig:
     """Where the problems come from.
 
     Args:
-        name: addition, worked:<dataset>, reasoning_gym:<dataset>, or jsonl:<path>.
+        name: addition, worked:<dataset>, reasoning_gym:<dataset>, jsonl:<path>, or hf:<name or path>.
         options: the task's own options.
     """
 

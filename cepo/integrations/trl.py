@@ -25,8 +25,8 @@ from cepo.config import HINT, SPLICE
 from cepo.credit import lam_at
 from cepo.errors import InputError
 from cepo.integrations._common import check_options
-from cepo.integrations._common import hinted as _hinted
 from cepo.policy import context_length
+from cepo.prompts import hinted
 from cepo.tasks._answers import final_answer, same_answer
 from cepo.teacher import WrongAnswer, wrong_answer
 from cepo_kernels import contrastive_credit
@@ -270,7 +270,7 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
     def _teacher_contexts(self, policy: Contexts, prompts: Sequence[Any], answers: Sequence[str]) -> Contexts:
         """The prompts with `answers` in them: under hint rendered anew as one text, under splice followed by it."""
         if self.args.template == "hint":
-            told = [_hinted(self.args.hint, *pair) for pair in zip(prompts, answers, strict=True)]
+            told = [hinted(self.args.hint, p, answer=a) for p, a in zip(prompts, answers, strict=True)]
             ids, _, fields = self._tokenize_prompts(told)
             types = {name: [list(map(int, row)) for row in fields[name]] for name in TOKEN_TYPES if name in fields}
             return Contexts(ids, types)

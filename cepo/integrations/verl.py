@@ -25,7 +25,8 @@ from cepo import axes
 from cepo.config import HINT, SPLICE
 from cepo.credit import lam_at
 from cepo.errors import InputError, one_line
-from cepo.integrations._common import check_options, hinted
+from cepo.integrations._common import check_options
+from cepo.prompts import hinted
 from cepo.tasks._answers import final_answer, same_answer
 from cepo.teacher import WrongAnswer, wrong_answer
 from cepo_kernels import contrastive_credit
@@ -266,7 +267,7 @@ class TokenCredit:
                 f"prompt: expected the rollout's prompt to be its chat and no more for template hint, got one that "
                 f"renders otherwise (tools or earlier turns; template splice takes them): {chat!r:.80}"
             )
-        return self._render(hinted(self.options.hint, chat, answer))
+        return self._render(hinted(self.options.hint, chat, answer=answer))
 
     def _render(self, chat: list[Any]) -> list[int]:
         ids = self._tokenizer.apply_chat_template(

@@ -114,7 +114,7 @@ class Recorder:
         learns = batch.active().view(-1, size).any(1).tolist()
         chosen = sorted(range(len(learns)), key=lambda p: not learns[p])[: config.report.prompts]
         groups = [
-            Group(problem.prompt, problem.answer, [rollout(b) for b in range(p * size, (p + 1) * size)])
+            Group(problem.text, problem.answer, [rollout(b) for b in range(p * size, (p + 1) * size)])
             for p, problem in enumerate(batch.rollouts.problems)
             if p in chosen
         ]

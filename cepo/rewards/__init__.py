@@ -4,8 +4,8 @@ Each member is a module with a function of its own name; None means that a rollo
 its group. `columns` holds one value per rollout: `problem`, `truncated`; and the `task` and `policy` themselves.
 
 One that needs something loaded has `load(config)`, which gives the function; `load_control(config)` gives a second one,
-which is logged beside it. `SUPERVISION` says what of the task a reward takes. Whatever it is, success is judged by the
-task's own score, which `verifier` gives.
+which is logged beside it. A name with a colon is a function of somebody's own (`_function`). `SUPERVISION` says what of
+the task a reward takes. Whatever it is, success is judged by the task's own score, which `verifier` gives.
 """
 
 from __future__ import annotations

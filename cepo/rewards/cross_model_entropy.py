@@ -16,11 +16,10 @@ import torch
 from cepo.config import Config, PolicyConfig
 from cepo.errors import InputError
 from cepo.policy import Policy, encode, load_policy, make_policy, render, response_states, token_op
+from cepo.prompts import Prompt
 
 SUPERVISION: tuple[str, ...] = ("another model (the embedded one saw the task)",)
 
-Message = dict[str, Any]
-Text = str | Sequence[Message]
 Reward = Callable[..., list[float | None]]
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -81,9 +80,9 @@ def cross_model_entropy(
         judge = _with_random_weights(judge)
 
     def reward(
-        prompts: Sequence[Text], completions: Sequence[Text], completion_ids: object = None, **columns: Any
+        prompts: Sequence[Prompt], completions: Sequence[Prompt], completion_ids: object = None, **columns: Any
     ) -> list[float | None]:
-        contexts = [encode(judge, _rendered(judge, prompt)) for prompt in prompts]
+        contexts = [encode(judge, render(judge, prompt)) for prompt in prompts]
         responses = [_ids(judge, completion) for completion in completions]
         pairs = [_cut(c, r, judge.context) if r else None for c, r in zip(contexts, responses, strict=True)]
         # Equal texts get equal bits, which rows of a batch would not promise: a group that agrees must not move.
@@ -117,15 +116,7 @@ def _with_random_weights(judge: Policy) -> Policy:
     return make_policy(fresh.to(judge.device), judge.tokenizer, judge.compute_dtype)
 
 
-def _rendered(judge: Policy, prompt: Text) -> str:
-    if isinstance(prompt, str):
-        return render(judge, prompt)
-    if not judge.tokenizer.chat_template:
-        return "\n".join(str(turn["content"]) for turn in prompt)
-    return str(judge.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True))
-
-
-def _ids(judge: Policy, completion: Text) -> list[int]:
+def _ids(judge: Policy, completion: Prompt) -> list[int]:
     text = completion if isinstance(completion, str) else "".join(str(turn["content"] or "") for turn in completion)
     ids: list[int] = judge.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cepo.config import Config
 from cepo.policy import Policy, encode, render, response_logits
+from cepo.prompts import Prompt
 from cepo_kernels.reference import transform
 
 SUPERVISION: tuple[str, ...] = ()
@@ -24,7 +25,7 @@ def load(config: Config) -> Any:
 
 @torch.no_grad()
 def self_certainty(
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     completions: Sequence[str],
     completion_ids: Sequence[Sequence[int]],
     *,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cepo.prompts import Prompt
 from cepo.tasks import Problem, Task
 
 SUPERVISION: tuple[str, ...] = ("verifier",)
 
 
 def verifier(
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     completions: Sequence[str],
     completion_ids: Sequence[Sequence[int]],
     *,

@@ -16,6 +16,7 @@ which let `cepo diagnose` ask whether credit finds that place. A distillation's 
     worked:<dataset>            two reasoning-gym datasets with worked solutions (extra `[tasks]`)
     reasoning_gym:<dataset>     any reasoning-gym dataset (extra `[tasks]`)
     jsonl:<path>                lines of {"prompt": ..., "answer": ...}
+    hf:<name or path>           a Hugging Face dataset (extra `[datasets]`)
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast, runtime_checkable
 
+from cepo.prompts import text_of
+
 __all__ = ["Problem", "Task", "available_tasks", "get_task"]
 
 HELD_OUT = ("validation", "test")
@@ -35,12 +38,17 @@ HELD_OUT = ("validation", "test")
 class Problem:
     """One problem of a task."""
 
-    prompt: str
-    """Text of the user turn, plain; the policy's own chat template goes around it."""
+    prompt: Any
+    """A `Prompt`, plain: the text of the user turn, or a conversation. The policy's chat template goes around it."""
     answer: str
     """The correct answer, as it should be shown to a teacher."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """What the task needs to score a completion; JSON-able where possible."""
+
+    @property
+    def text(self) -> str:
+        """The prompt for people."""
+        return text_of(self.prompt)
 
 
 @runtime_checkable

@@ -1,0 +1,89 @@
+"""LoRA (arXiv 2106.09685) through peft: the model keeps its weights, small factors beside its layers learn.
+
+The factors sit in the model's own layers, so everything else sees a model like any other, of which little has a
+gradient: the head's weight has none, and the kernels then compute none.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cepo.config import LoraConfig
+from cepo.errors import InputError, one_line
+
+FILE = "adapter_config.json"
+NAME = "default"
+
+
+def base_of(source: str) -> str | None:
+    """The model that the adapter in directory `source` belongs to; None: there is no adapter. Raises InputError."""
+    path = Path(source) / FILE
+    if not path.is_file():
+        return None
+    try:
+        base = json.loads(path.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"policy.model: {path}: expected the name of a base model: {one_line(error)}") from error
+    if not isinstance(base, str):
+        raise InputError(f"policy.model: {path}: expected the name of a base model, got {base!r}")
+    return base
+
+
+def add(model: Any, config: LoraConfig, source: str) -> None:
+    """Give `model`, which was loaded from `source`, factors that change nothing yet, and freeze its weights.
+
+    They are drawn from seed 0, whatever the run's. Raises InputError for modules that are not there, or the head.
+    """
+    made = _peft().LoraConfig(
+        r=config.r, lora_alpha=config.alpha, target_modules=config.target_modules, task_type="CAUSAL_LM"
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model.add_adapter(made, adapter_name=NAME)
+    except ValueError as error:
+        raise InputError(f"policy.lora.target_modules: {one_line(error)[:300]}") from error
+    _refuse_head(model)
+    if Path(source).is_dir():  # or it could be loaded from this working directory alone
+        made.base_model_name_or_path = str(Path(source).resolve())
+
+
+def load(model: Any, source: str, wanted: LoraConfig | None) -> None:
+    """Give the base `model` the factors in `source`, to train on. Raises InputError if they are not as `wanted`."""
+    _peft()
+    try:
+        model.load_adapter(source, adapter_name=NAME, is_trainable=True)
+    except Exception as error:  # a damaged file fails in whatever way the library that reads it does
+        raise InputError(f"policy.model: cannot load the adapter {source!r}: {one_line(error)[:300]}") from error
+    _refuse_head(model)
+    has = model.peft_config[NAME]
+    for name, got in (("r", has.r), ("alpha", has.lora_alpha)):
+        if wanted is not None and getattr(wanted, name) != got:
+            raise InputError(
+                f"policy.lora.{name}: expected {got:g}, which the adapter {source} has, got {getattr(wanted, name):g}"
+            )
+
+
+def frozen_names(model: torch.nn.Module) -> set[str]:
+    """Names of the weights that do not learn, in the model's state."""
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise InputError("policy.lora: peft is not installed; pip install 'cepo[lora]'") from None
+    return peft
+
+
+def _refuse_head(model: Any) -> None:
+    if hasattr(model.get_output_embeddings(), "lora_A"):
+        raise InputError(
+            "policy.lora.target_modules: expected none to be the head, as log-probs are computed from its weight, "
+            "which factors beside it would not be in"
+        )
