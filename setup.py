@@ -24,6 +24,9 @@ ISA_FLAGS = {
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
     "portable": "",
 }
+OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }"
+BFLOAT16_PROBE = "#include <immintrin.h>\nint main() { return sizeof(__m512bh) != 64; }"
+BFLOAT16_FLAGS = f"{ISA_FLAGS['avx512']} -mavx512bf16"
 # No contraction: a row's bits must not depend on which call the compiler happened to inline.
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi"
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -Xfatbin -compress-all"
@@ -86,13 +89,16 @@ def cpu_rules(target: Path) -> str:
     except ImportError:
         raise MissingToolError("pybind11 is missing; `pip install pybind11` provides it") from None
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-    openmp = "-fopenmp" if accepts(cxx, "-fopenmp") else ""
+    openmp = "-fopenmp" if accepts(cxx, "-fopenmp", OPENMP_PROBE) else ""
     link = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
     flags = f"{CXX_FLAGS} {openmp}" + (" -DCEPO_X86" if X86 else "")
     objects = [(ROOT / "csrc/bindings.cpp", "".join(f" -isystem {escape(path)}" for path in includes))]
     objects += [
         (ROOT / f"csrc/cpu/rows_{isa}.cpp", more) for isa, more in ISA_FLAGS.items() if X86 or isa == "portable"
     ]
+    if X86 and accepts(cxx, "-mavx512bf16", BFLOAT16_PROBE):  # newer than C++17
+        flags += " -DCEPO_AVX512BF16"
+        objects.append((ROOT / "csrc/cpu/product_avx512bf16.cpp", BFLOAT16_FLAGS))
     lines = [
         f"rule compile\n  command = {cxx} -MD -MF $out.d {flags} $more -c $in -o $out\n{DEPENDENCIES}",
         f"rule link\n  command = {cxx} -shared -o $out $in {openmp} {link}",
@@ -136,11 +142,11 @@ def find_nvcc() -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def accepts(cxx: str, flag: str) -> bool:
+def accepts(cxx: str, flag: str, program: str) -> bool:
     try:
         probe = subprocess.run(
             [*cxx.split(), flag, "-x", "c++", "-", "-o", os.devnull],
-            input="#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }",
+            input=program,
             capture_output=True,
             text=True,
             check=False,

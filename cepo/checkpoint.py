@@ -33,6 +33,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from cepo.errors import InputError, one_line
+from cepo.sharding import load_optimizer
 
 FOLDER = "checkpoints"
 CONFIG = "config.yaml"
@@ -71,16 +72,26 @@ def create_run(wanted: str | None, default: str, config: Callable[[str], str]) -
 
 
 def save(
-    run: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, keep: int, **state: Any
+    run: Path,
+    step: int,
+    model: Any,
+    tokenizer: Any,
+    optimizer: dict[str, Any],
+    keep: int,
+    weights: dict[str, Tensor] | None = None,
+    **state: Any,
 ) -> Path:
-    """Write the checkpoint of `step`, then delete all but the `keep` newest. Raises InputError if it cannot."""
+    """Write the checkpoint of `step`, then delete all but the `keep` newest. Raises InputError if it cannot.
+
+    optimizer: its state, of the whole; weights: those of the model, if it does not hold them all itself.
+    """
     path = run / FOLDER / f"step-{step:06d}"
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
         temporary.mkdir()
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
-        torch.save({"optimizer": optimizer.state_dict(), **state}, temporary / STATE)
+        torch.save({"optimizer": optimizer, **state}, temporary / STATE)
         files = {str(file.relative_to(temporary)): _digest(file) for file in _files(temporary)}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
     for old in all_of(run)[:-keep]:
@@ -91,7 +102,7 @@ def save(
 def load_state(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Bring the optimizer back to where it was; returns whatever else was saved."""
     state: dict[str, Any] = torch.load(path / STATE, weights_only=True)
-    optimizer.load_state_dict(state.pop("optimizer"))
+    load_optimizer(optimizer, state.pop("optimizer"))
     return state
 
 

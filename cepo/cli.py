@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
@@ -15,10 +16,11 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from cepo import __version__
-from cepo.errors import InputError, one_line
+from cepo.errors import InputError, ProcessError, one_line
 
 if TYPE_CHECKING:
     from cepo.config import Config
+    from cepo.processes import Alone
 
 _EPILOG = {
     "train": "examples: cepo train | cepo train --credit.name rlsd --train.steps 100 | cepo train --resume runs/NAME",
@@ -53,7 +55,8 @@ class _Parser(ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, 1 if the doctor or a comparison is not content, 2 for bad input.
+    """Run a command. Returns the exit status: 0, 1 if the doctor or a comparison is not content, or another process of
+    the run has failed, 2 for bad input.
 
     130 after an interrupt, 141 if nobody reads the output any more: 128 + the signal, as shells count.
     """
@@ -69,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"cepo: error: {one_line(error)}", file=sys.stderr)
         return 2
+    except ProcessError as error:
+        print(f"cepo: error: {one_line(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as interrupt:
         print("; ".join(("cepo: interrupted", *interrupt.args)), file=sys.stderr)
         return 130
@@ -87,6 +93,8 @@ def _run(arguments: list[str]) -> int:
         return 0
     if command not in _SUMMARY:
         raise InputError(f"command: expected one of {', '.join(_SUMMARY)}, got {command!r}")
+    if command != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"{command}: expected one process, got {os.environ['WORLD_SIZE']}; only train takes several")
     if command == "doctor":
         from cepo import doctor
 
@@ -175,49 +183,78 @@ def _check_yaml(path: str) -> None:
 
 
 def _train(arguments: list[str]) -> int:
-    config, parsed = parse("train", arguments)
-    from cepo import checkpoint, trainer
-    from cepo.parts import load_parts
+    from cepo import processes
+
+    with processes.started() as many:
+        return _train_in(many, arguments)
+
+
+def _train_in(many: Alone, arguments: list[str]) -> int:
+    config, parsed = many.together("options", lambda: parse("train", arguments))
+    from cepo import checkpoint, processes, trackers, trainer
+    from cepo.parts import Parts, load_parts
     from cepo.policy import threads
     from cepo.progress import follow
     from cepo.report import curves
 
-    run, start, done = None, None, 0
+    many.sharded = processes.shards(config, many)
+    if len(set(many.gather("options", lambda: dump(config)))) > 1:
+        raise InputError("options: expected the same in every process")
+    run: Path | None = None
+    start, done = None, 0
     with ExitStack() as held:
         if parsed.resume is not None:
-            run = checkpoint.run_of(parsed.resume)
-            held.enter_context(checkpoint.lock(run))
-            _, start = checkpoint.locate(parsed.resume)
+            run = path = many.together("--resume", lambda: checkpoint.run_of(parsed.resume))
+            many.first("lock", lambda: held.enter_context(checkpoint.lock(path)))
+            _, start = many.together("checkpoint", lambda: checkpoint.locate(parsed.resume))
             done = 0 if start is None else checkpoint.step_of(start)
-            _check_resumed(config, run, done)
+            many.together("options", lambda: _check_resumed(config, path, done))
             if config.train.steps == done:
-                print(f"nothing to do: {run} has all {done} steps", file=sys.stderr)
+                many.first("end", lambda: print(f"nothing to do: {run} has all {done} steps", file=sys.stderr))
                 return 0
+
+        def loaded() -> Parts:
+            trackers.check(config.log.trackers)
+            parts = load_parts(config, None if start is None else str(start), many)
+            trainer.check_prompts(parts)
+            return parts
+
         # What can be refused is refused before there is a run directory.
-        parts = load_parts(config, None if start is None else str(start))
-        trainer.check_prompts(parts)
+        parts = many.together("parts", loaded)
 
         def resolved(path: str) -> str:
             config.run_dir = path
             return dump(config)
 
-        if run is None:
-            method = config.loss.name if config.loss.distils else config.credit.name
-            name = f"{config.task.name.split('/')[-1].replace(':', '-')}-{method}-seed{config.train.seed}"
-            run = checkpoint.create_run(config.run_dir, name, resolved)
-            held.enter_context(checkpoint.lock(run))
-        else:
+        def directory() -> Path:
+            if run is None:
+                method = config.loss.name if config.loss.distils else config.credit.name
+                name = f"{config.task.name.split('/')[-1].replace(':', '-')}-{method}-seed{config.train.seed}"
+                made = checkpoint.create_run(config.run_dir, name, resolved)
+                held.enter_context(checkpoint.lock(made))
+                return made
             with checkpoint.replacing(run / checkpoint.CONFIG) as temporary:
                 temporary.write_text(resolved(str(run)))
-        print(f"run directory: {run}", file=sys.stderr)
+            return run
+
+        run = many.first("run_dir", directory)
+        told = many.rank == 0  # the others work in silence
+        if told:
+            print(f"run directory: {run}{many.described()}", file=sys.stderr)
+        records = trainer.train(parts, run, start)
         try:
             with threads(parts.policy, config.policy.threads):
-                follow(trainer.train(parts, run, start), config.train.steps, done)
-        except KeyboardInterrupt:
+                if told:
+                    follow(trackers.tracked(records, config, run), config.train.steps, done)
+                else:
+                    deque(records, maxlen=0)
+        except (KeyboardInterrupt, ProcessError) as end:
             if not checkpoint.saved(run):
                 raise
-            raise KeyboardInterrupt(f"`cepo train --resume {run}` continues from the last checkpoint") from None
-        print(f"curves: {curves.draw(run)}", file=sys.stderr)
+            hint = f"`cepo train --resume {run}` continues from the last checkpoint"
+            raise type(end)("; ".join((*map(str, end.args), hint))) from None
+        if told:
+            print(f"curves: {curves.draw(run)}", file=sys.stderr)
     return 0
 
 

@@ -24,6 +24,7 @@ from cepo.config import LossConfig, TeacherConfig
 from cepo.errors import InputError
 from cepo.policy import Policy, continued_states, encode, prefill, render, response_states
 from cepo.rollout import Rollouts
+from cepo.sharding import local, weights
 from cepo.tasks import Problem, Task
 
 
@@ -39,7 +40,7 @@ class SelfTeacher:
     def follow(self, model: torch.nn.Module) -> None:
         """After a step of the optimiser on `model`: theta_T := (1 - ema) theta_T + ema theta."""
         if self.ema is not None:
-            torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), self.ema)
+            torch._foreach_lerp_(local(self.model.parameters()), local(model.parameters()), self.ema)
 
     def begin(self, run: Path) -> None:
         """Save a fixed teacher in `run`, once and for all."""
@@ -50,7 +51,8 @@ class SelfTeacher:
         """What goes into each checkpoint: the weights of an average, or which file the fixed ones are in."""
         if self.kind == "policy":
             return {}
-        return {f"{self.kind}_teacher": self._saved if self.kind == "fixed" else self.model.state_dict()}
+        average = weights(self.model) or self.model.state_dict() if self.kind == "ema" else None
+        return {f"{self.kind}_teacher": self._saved if self.kind == "fixed" else average}
 
     def restore(self, run: Path, state: dict[str, Any]) -> None:
         """Take the weights back. Raises InputError where the run had another teacher, or its file is damaged."""

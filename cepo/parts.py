@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -17,9 +18,12 @@ from cepo.config import Config
 from cepo.credit import TokenAdvantages
 from cepo.distil import SelfTeacher
 from cepo.errors import InputError, one_line
+from cepo.layers import checkpoint_layers
 from cepo.policy import Policy, load_policy
+from cepo.processes import ALONE, Alone
 from cepo.rewards.verifier import verifier
 from cepo.rollout import Rollouts
+from cepo.sharding import whole
 from cepo.tasks import Problem, Task, get_task
 from cepo_kernels import token_logprobs
 
@@ -48,6 +52,7 @@ class Parts:
     distillation: Any = None
     """The module of a loss that distils (`cepo.losses`): there is no advantage and no credit, but a `self_teacher`."""
     self_teacher: SelfTeacher | None = None
+    processes: Alone = ALONE
 
     @property
     def max_new_tokens(self) -> int:
@@ -66,10 +71,12 @@ def load_task(config: Config) -> Task:
     return task
 
 
-def load_parts(config: Config, model: str | None = None) -> Parts:
-    """Look up and load all that `config` names; `model` in place of its own if given."""
+def load_parts(config: Config, model: str | None = None, processes: Alone = ALONE) -> Parts:
+    """Look up and load all that `config` names, for one of `processes`; `model` in place of its own if given."""
     task = load_task(config)
     policy = load_policy(config.policy if model is None else replace(config.policy, model=model, gguf_file=None))
+    if config.train.gradient_checkpointing:
+        checkpoint_layers(policy.model)
     _check_backend(config.backend, policy)
     credit, loss = axes.module("credit", config.credit.name), axes.module("losses", config.loss.name)
     reward, advantage = axes.module("rewards", config.reward.name), axes.module("advantages", config.advantage.name)
@@ -92,6 +99,7 @@ def load_parts(config: Config, model: str | None = None) -> Parts:
         check_problem=getattr(credit, "check_problem", None),
         control=reward.load_control(config) if hasattr(reward, "load_control") else None,
         adaptive=advantage.adaptive(config) if hasattr(advantage, "adaptive") else None,
+        processes=processes,
     )
     if not config.loss.distils:
         return parts
@@ -156,17 +164,26 @@ def roll_out(parts: Parts, problems: Sequence[Problem], key: tuple[int, int]) ->
         temperature=config.temperature,
         key=key,
         batch_size=config.batch_size,
+        processes=parts.processes,
     )
 
 
 def score(
     parts: Parts, rollouts: Rollouts, reward: Callable[..., list[float | None]] | None = None
 ) -> list[float | None]:
-    """The reward of every rollout, or what `reward` gives it."""
-    problems = rollouts.per_rollout(rollouts.problems)
+    """The reward of every rollout, or what `reward` gives it; each process scores its share of the groups."""
+    function, many, size = reward or parts.reward, parts.processes, rollouts.group_size
+    groups = many.share(len(rollouts.problems))
+    mine = slice(groups.start * size, groups.stop * size)
+    problems = rollouts.per_rollout(rollouts.problems)[mine]
     prompts = [problem.prompt for problem in problems]
-    columns = {"task": parts.task, "policy": parts.policy, "problem": problems, "truncated": rollouts.truncated}
-    return (reward or parts.reward)(prompts, rollouts.completions, rollouts.responses, **columns)
+    columns = {"task": parts.task, "policy": parts.policy, "problem": problems, "truncated": rollouts.truncated[mine]}
+
+    def scored() -> list[float | None]:
+        return function(prompts, rollouts.completions[mine], rollouts.responses[mine], **columns) if prompts else []
+
+    with nullcontext() if function is verifier else whole(parts.policy.model):
+        return [value for values in many.gather("rewards", scored) for value in values]
 
 
 def judge(parts: Parts, rollouts: Rollouts) -> list[float | None]:

@@ -18,6 +18,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from cepo.errors import InputError
 from cepo.policy import Policy, encode, render
+from cepo.processes import ALONE, Alone
+from cepo.sharding import whole
 from cepo.tasks import Problem
 
 _STREAM = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -57,6 +59,7 @@ def sample(
     temperature: float,
     key: tuple[int, int],
     batch_size: int = 0,
+    processes: Alone = ALONE,
 ) -> Rollouts:
     """Complete every problem `group_size` times.
 
@@ -65,16 +68,23 @@ def sample(
         temperature: T > 0; 0 is greedy.
         key: (seed, step) of the noise.
         batch_size: rollouts at once; 0: all.
+        processes: each generates a share of the groups, and gets what all have generated.
 
     Raises InputError if a prompt and a response of full length exceed the model's context.
     """
     prompts = encode_prompts(policy, problems, max_new_tokens)
-    rows = [(p, g) for p in range(len(problems)) for g in range(group_size)]
-    responses: list[list[int]] = []
-    for start in range(0, len(rows), batch_size or len(rows)):
-        chunk = rows[start : start + (batch_size or len(rows))]
-        noise = GumbelMax(key, chunk, temperature, policy.device) if temperature else None
-        responses += _generate(policy, [prompts[p] for p, _ in chunk], max_new_tokens, noise)
+    rows = [(p, g) for p in processes.share(len(problems)) for g in range(group_size)]
+    at_once = batch_size or max(len(rows), 1)
+
+    def generated() -> list[list[int]]:
+        found: list[list[int]] = []
+        for chunk in (rows[start : start + at_once] for start in range(0, len(rows), at_once)):
+            noise = GumbelMax(key, chunk, temperature, policy.device) if temperature else None
+            found += _generate(policy, [prompts[p] for p, _ in chunk], max_new_tokens, noise)
+        return found
+
+    with whole(policy.model):
+        responses = [ids for part in processes.gather("rollouts", generated) for ids in part]
     completions = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
     truncated = [ids[-1] not in policy.eos_ids for ids in responses]
     return Rollouts(list(problems), prompts, responses, completions, truncated)
@@ -144,7 +154,10 @@ def _generate(
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
     with _own_generation_config(policy, max_new_tokens), policy.autocast():
         out = policy.model.generate(
-            input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([noise] if noise else [])
+            input_ids=ids,
+            attention_mask=mask,
+            logits_processor=LogitsProcessorList([noise] if noise else []),
+            synced_gpus=False,  # weights are whole here, and no process waits for another's longest
         )
     return [_until_end(row, policy.eos_ids) for row in out[:, width:].tolist()]
 

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cepo import checkpoint, distil, metrics, rollout, teacher
+from cepo import checkpoint, distil, metrics, rollout, sharding, teacher
 from cepo.credit import lam_at
 from cepo.errors import InputError
 from cepo.metrics import Clock, mean
@@ -42,8 +43,9 @@ Record = dict[str, Any]
 
 def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record]:
     """Train in `run`, from checkpoint `start`, whose weights `parts` holds, if given; yield the records as written."""
-    config = parts.config
+    config, many = parts.config, parts.processes
     done = 0 if start is None else checkpoint.verify(start)
+    place(parts, parts.policy.model)
     optimizer = make_optimizer(parts)
     if start is not None:
         state = checkpoint.load_state(start, optimizer)
@@ -52,19 +54,27 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
         if parts.self_teacher:
             parts.self_teacher.restore(run, state)
     elif parts.self_teacher:
-        parts.self_teacher.begin(run)
-    metrics.cut_back(run, None if start is None else done)
-    recorder = Recorder(parts, run, None if start is None else done)
+        many.first("teacher.pt", partial(parts.self_teacher.begin, run))
+    if parts.self_teacher and parts.self_teacher.model is not parts.policy.model:
+        place(parts, parts.self_teacher.model)
+    kept = None if start is None else done
+    many.first("metrics", lambda: metrics.cut_back(run, kept))
+    # The first process keeps samples, as it writes all that is written.
+    recorder = many.together("tokens", lambda: None if many.rank else Recorder(parts, run, kept))
+
+    def nothing() -> None: ...
 
     def record(kind: str, step: int, values: Record) -> Record:
         line = {"kind": kind, "step": step, **values}
-        metrics.append(run, line)
+        many.first("metrics", lambda: metrics.append(run, line))
         return line
 
     def save(step: int) -> int:
         policy, state = parts.policy, {"advantage": parts.adaptive.state} if parts.adaptive else {}
         state |= parts.self_teacher.state() if parts.self_teacher else {}
-        checkpoint.save(run, step, policy.model, policy.tokenizer, optimizer, config.checkpoint.keep, **state)
+        state |= {"weights": sharding.weights(policy.model)}
+        written = (run, step, policy.model, policy.tokenizer, sharding.optimizer_state(optimizer))
+        many.first("checkpoint", lambda: checkpoint.save(*written, config.checkpoint.keep, **state))
         return step
 
     saved = done
@@ -72,10 +82,10 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
         if start is None:
             yield record("eval", 0, evaluate(parts))
         for step in range(done + 1, config.train.steps + 1):
-            values = train_step(parts, optimizer, step, recorder.observe)
+            values = train_step(parts, optimizer, step, recorder.observe if recorder else None)
             done = step
             yield record("train", step, values)
-            recorder.write()
+            many.together("tokens", recorder.write if recorder else nothing)
             last = step == config.train.steps
             if last or (config.eval.every and step % config.eval.every == 0):
                 yield record("eval", step, evaluate(parts))
@@ -87,6 +97,13 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
             with suppress(InputError):  # the first one says what is wrong
                 save(done)
         raise
+
+
+def place(parts: Parts, model: Any) -> None:
+    """Give every process the same weights, or its part of them."""
+    parts.processes.broadcast(model)
+    if parts.processes.sharded:
+        sharding.shard(model, parts.policy.device, parts.processes.world)
 
 
 def make_optimizer(parts: Parts) -> torch.optim.Optimizer:
@@ -117,7 +134,7 @@ def evaluate(parts: Parts) -> Record:
     clock = Clock(parts.policy.device)
     problems = held_out(parts)
     shared: Record = {"group_size": 1, "max_new_tokens": parts.max_new_tokens, "key": (config.seed, 0)}
-    shared["batch_size"] = parts.config.rollout.batch_size
+    shared |= {"batch_size": parts.config.rollout.batch_size, "processes": parts.processes}
     result: Record = {"split": config.split, "problems": len(problems)}
     for name, temperature in (("sampled", config.temperature), ("greedy", 0.0)):
         rollouts = rollout.sample(parts.policy, problems, temperature=temperature, **shared)

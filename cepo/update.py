@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from cepo.metrics import Clock, mean
 from cepo.parts import Parts
 from cepo.policy import divergence_op, loss_op, response_states, token_op
 from cepo.rollout import Rollouts
+from cepo.sharding import forward, is_sharded, norm, whole
 from cepo.teacher import NO_TEACHERS, Teachers, teacher_states
 from cepo_kernels import ContrastiveLogprobs, PolicyLoss
 
@@ -97,10 +99,12 @@ def credit_ahead(
     places = batch.per_token(needed, list(range(needed.numel())))
     ahead = TokenAdvantages(torch.zeros(places.numel()), {}, {})
     if needed.any():
-        with clock.phase("token_advantages"):
-            made = parts.token_advantages(parts, batch, passes_of(parts, needed), rewards, success, step)
-        ahead.advantages[places] = made.advantages
-        _scatter(ahead.tokens, made.tokens, places)
+        with clock.phase("token_advantages"), whole(parts.policy.model):
+            made = parts.token_advantages(
+                parts, batch, passes_of(parts, share_of(parts, needed)), rewards, success, step
+            )
+        ahead.advantages[places] = made.advantages.float()
+        _scatter(ahead.tokens, _kept(made.tokens), places)
         ahead.statistics.update(made.statistics)
     return replace(batch, ahead=ahead)
 
@@ -114,49 +118,89 @@ def update(
     kernel call, which leaves the loss and the gradient of the logits. Returns the tokens' statistics, packed, rollout
     after rollout, with NaN where there is none; and the update's own.
     """
-    config, model = parts.config, parts.policy.model
+    config, model, many = parts.config, parts.policy.model, parts.processes
     everyone = list(range(len(batch.rollouts.responses)))
     owner = batch.per_token(torch.arange(len(everyone)), everyone)
     active = batch.active()
     tokens: dict[str, Tensor] = {} if batch.ahead is None else dict(batch.ahead.tokens)
-    for rows in passes_of(parts, ~active):
-        _scatter(tokens, {"entropy": entropy(parts, batch, rows, clock)}, torch.isin(owner, torch.tensor(rows)))
-    # Rows with A = 0 need no gradient and no teachers: the result is the same.
-    passes = [(rows, True) for rows in passes_of(parts, active)]
-    if not config.teacher.skip and parts.distillation is None:
-        passes += [(rows, False) for rows in passes_of(parts, ~active)]
+    found: list[tuple[list[int], dict[str, Tensor]]] = []
+    with whole(model):
+        for rows in passes_of(parts, share_of(parts, ~active)):
+            found.append((rows, _kept({"entropy": entropy(parts, batch, rows, clock)})))
+    passes = passes_for(parts, batch, active)
     one_pass: Callable[..., Any] = distillation_loss if parts.distillation else policy_loss
+    teacher = parts.self_teacher and parts.self_teacher.model
     behaviour: list[Any] = []
     losses, norms, clipped, skipped = [], [], [torch.zeros(1)], 0
 
-    for round_ in range(config.train.updates_per_batch):
-        optimizer.zero_grad()
-        losses.append(0.0)
-        for number, (rows, acts) in enumerate(passes):
-            result = one_pass(parts, batch, rows, None if round_ == 0 else behaviour[number], clock)
+    def one_round(round_: int) -> float:
+        loss = 0.0
+        for number, (rows, acts, of) in enumerate(passes):
+            before = None if round_ == 0 else behaviour[number]
+            result = forward(model, partial(one_pass, parts, of, rows, before, clock), teacher)
             if round_ == 0:
                 behaviour.append(result.credit)
                 if acts:
                     names = ("entropy", "evidence", "weight", "logprobs", "divergence", "positive_logprobs",
                              "negative_logprobs", "advantages")  # fmt: skip
-                    values = {name: getattr(result.credit, name, None) for name in names}
-                    _scatter(tokens, values, torch.isin(owner, torch.tensor(rows)))
+                    found.append((rows, _kept({name: getattr(result.credit, name, None) for name in names})))
             with clock.phase("update"):
                 result.loss.backward()
-                losses[-1] += result.loss.item()
+                loss += result.loss.item()
             if acts:
                 clipped.append(result.clipped.float().cpu())
+        return loss
+
+    for round_ in range(config.train.updates_per_batch):
+        optimizer.zero_grad()
+        losses.append(sum(many.gather("update", partial(one_round, round_), exchanges=is_sharded(model))))
         if active.any():  # a batch in which every group agrees says nothing, and must not move the weights either
             with clock.phase("update"):
-                norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm).item())
+                if not is_sharded(model):
+                    many.sum_gradients(model)
+                norms.append(norm(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)))
                 if math.isfinite(norms[-1]):
                     optimizer.step()
                     if parts.self_teacher:
                         parts.self_teacher.follow(model)
                 else:
                     skipped += 1
+    told = many.gather("tokens", lambda: (found, torch.cat(clipped)[1:]))
+    for rows, values in (entry for entries, _ in told for entry in entries):
+        _scatter(tokens, values, torch.isin(owner, torch.tensor(rows)))
     statistics = {"loss": losses[0], "gradient_norm": norms[0] if norms else 0.0, "skipped_updates": skipped}
-    return tokens, {**statistics, "ratio_clipped": mean(torch.cat(clipped)[1:]) or 0.0}
+    return tokens, {**statistics, "ratio_clipped": mean(torch.cat([part for _, part in told])) or 0.0}
+
+
+def passes_for(parts: Parts, batch: Batch, active: Tensor) -> list[tuple[list[int], bool, Batch]]:
+    """The passes of this process: rollouts, whether they act, and the batch they are of.
+
+    Of a sharded model every process makes as many; where rollouts run out, one of another's counts nothing.
+    """
+
+    def of(rank: int) -> list[tuple[list[int], bool]]:
+        # Rows with A = 0 need no gradient and no teachers: the result is the same.
+        passes = [(rows, True) for rows in passes_of(parts, share_of(parts, active, rank))]
+        if not parts.config.teacher.skip and parts.distillation is None:
+            passes += [(rows, False) for rows in passes_of(parts, share_of(parts, ~active, rank))]
+        return passes
+
+    mine = [(rows, acts, batch) for rows, acts in of(parts.processes.rank)]
+    if is_sharded(parts.policy.model):
+        everyone = [of(rank) for rank in range(parts.processes.world)]
+        dummies = max(map(len, everyone)) - len(mine)
+        some = next((rows[:1] for passes in everyone for rows, _ in passes), [])
+        mine += [(some, False, replace(batch, weights=torch.zeros_like(batch.weights)))] * dummies
+    return mine
+
+
+def share_of(parts: Parts, chosen: Tensor, rank: int | None = None) -> Tensor:
+    """Those of the chosen rollouts, (B,) bool, that are this process's, or another's: a share of their groups."""
+    groups = chosen.view(-1, parts.config.rollout.group_size).any(1)
+    places = groups.nonzero().flatten()
+    share = parts.processes.share(places.numel(), rank)
+    groups[places[: share.start]] = groups[places[share.stop :]] = False
+    return chosen & groups.repeat_interleave(parts.config.rollout.group_size)
 
 
 @torch.no_grad()
@@ -181,7 +225,7 @@ def policy_loss(
     """
     config, policy, told = parts.config, parts.policy, NO_TEACHERS
     if behaviour is None and batch.ahead is None and batch.teachers is not None:
-        with clock.phase("teacher"):
+        with clock.phase("teacher"), whole(policy.model):
             told = teacher_states(policy, config.teacher, batch.teachers, parts.teachers, batch.rollouts, rows)
     with clock.phase("policy"):
         states = response_states(policy, batch.prompts(rows), batch.responses(rows))
@@ -242,7 +286,7 @@ def distillation_loss(
     assert parts.self_teacher is not None
     teacher = replace(policy, model=parts.self_teacher.model)
     contexts = [ids for b in rows if (ids := batch.contexts[b]) is not None]
-    with clock.phase("teacher"):
+    with clock.phase("teacher"), whole(teacher.model):
         told = told_states(teacher, contexts, batch.responses(rows), config.teacher.share_prefix)
     with clock.phase("policy"):
         states = response_states(policy, batch.prompts(rows), batch.responses(rows))
@@ -283,8 +327,11 @@ def passes_of(parts: Parts, chosen: Tensor) -> list[list[int]]:
     return [rows.tolist() for rows in groups if rows.numel()]
 
 
-def _scatter(tokens: dict[str, Tensor], values: Mapping[str, Tensor | None], places: Tensor) -> None:
+def _kept(values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: value.detach().float().cpu() for name, value in values.items() if value is not None}
+
+
+def _scatter(tokens: dict[str, Tensor], values: Mapping[str, Tensor], places: Tensor) -> None:
     """Put packed values of some rollouts in their places, (N,) bool, among the tokens of all."""
     for name, value in values.items():
-        if value is not None:
-            tokens.setdefault(name, torch.full(places.shape, float("nan")))[places] = value.detach().float().cpu()
+        tokens.setdefault(name, torch.full(places.shape, float("nan")))[places] = value

@@ -39,8 +39,8 @@ def _linear_divergence(
     values = _values(student, teacher, weight, teacher_weight, logits_dtype).zero_()
     call = Call(values.shape, weight.shape[0], student.device, values.dtype, (*how, backend))
     students, teachers = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
-    of_student = Products(Head(weight, bias), students, logits_dtype)
-    of_teacher = Products(Head(teacher_weight, teacher_bias), teachers, logits_dtype)
+    of_student = Products(Head(weight, bias), students, logits_dtype, call.backend)
+    of_teacher = Products(Head(teacher_weight, teacher_bias), teachers, logits_dtype, call.backend)
     gradients = Gradients(of_student, students, needs)
     flat = values.view(-1)
     scored = torch.ones_like(flat, dtype=torch.bool) if call.weight is None else call.weight != 0

@@ -47,9 +47,10 @@ def chunk_rows(contexts: int, vocabulary: int, dtype: torch.dtype) -> int:
 
 
 class Products:
-    """Matrix products with a head: 16-bit operands on a GPU, summed in float32; on a CPU, whose 16-bit products round
-    their result, upcast. With a 16-bit ``logits_dtype`` all operands and results have that. On a `Shard` of the
-    vocabulary the widest decides on chunks, and gradients of hidden states are summed over the ranks."""
+    """Matrix products with a head: 16-bit operands, gradients of logits among them, summed in float32, on a GPU and, in
+    bfloat16, where the CPU backend has a ``product``; else upcast, as torch's own on a CPU round their result. With a
+    16-bit ``logits_dtype`` all operands and results have that. On a `Shard` of the vocabulary the widest decides on
+    chunks, and gradients of hidden states are summed over the ranks."""
 
     def __init__(
         self, head: Head, hidden: Tensor, logits_dtype: torch.dtype | None, backend: Backend | None = None
@@ -58,14 +59,20 @@ class Products:
         self.sharded = cast("Sharded | None", backend if hasattr(backend, "shard") else None)
         self.result = result_dtype(hidden, head.weight, logits_dtype)
         self.sums = torch.promote_types(self.result, torch.float32)  # of what is added up chunk by chunk
-        native = hidden.is_cuda and hidden.dtype == head.weight.dtype and hidden.dtype.itemsize == 2
-        self.operand = hidden.dtype if native and self.result == torch.float32 else self.result
+        sixteen = hidden.dtype == head.weight.dtype and hidden.dtype.itemsize == 2 and self.result == torch.float32
+        product = getattr(self.sharded.inner if self.sharded else backend, "product", None)
+        self.product = product if sixteen and hidden.dtype == torch.bfloat16 and hidden.is_cpu else None
+        self.operand = hidden.dtype if sixteen and (hidden.is_cuda or self.product) else self.result
 
     def rows(self, contexts: int) -> int:
         widest = self.sharded.shard.widest if self.sharded else self.head.weight.shape[0]
         return chunk_rows(contexts, widest, self.result)
 
     def _add(self, into: Tensor, a: Tensor, b: Tensor) -> None:
+        if self.product:
+            self.product(into, a, b, True)
+            return
+        a, b = a.to(self.operand), b.to(self.operand)
         if a.dtype == into.dtype:
             into.addmm_(a, b)
         else:
@@ -76,7 +83,9 @@ class Products:
         hidden = hidden.to(self.operand)
         out = torch.empty((hidden.shape[0], self.head.weight.shape[0]), dtype=self.result, device=hidden.device)
         for tile, weight in self.head.tiles(self.operand):
-            if hidden.dtype == out.dtype:
+            if self.product:
+                self.product(out, hidden, weight.t(), False)
+            elif hidden.dtype == out.dtype:
                 torch.mm(hidden, weight.t(), out=out[:, tile])
             else:
                 out[:, tile] = torch.mm(hidden, weight.t(), out_dtype=out.dtype)
@@ -89,12 +98,12 @@ class Products:
         shape = (logits_gradient.shape[0], self.head.weight.shape[1])
         out = torch.zeros(shape, dtype=self.sums, device=logits_gradient.device)
         for tile, weight in self.head.tiles(self.operand):
-            self._add(out, logits_gradient[:, tile].to(self.operand), weight)
+            self._add(out, logits_gradient[:, tile], weight)
         return out
 
     def add_weight_gradient(self, into: Tensor, logits_gradient: Tensor, hidden: Tensor) -> None:
         """``into`` (V, H) grows by the product of (M, V) transposed and (M, H)."""
-        self._add(into, logits_gradient.to(self.operand).t(), hidden.to(self.operand))
+        self._add(into, logits_gradient.t(), hidden)
 
 
 def kept_dtype(tensor: Tensor) -> torch.dtype:

@@ -91,5 +91,6 @@ def _state(name: str) -> str:
     except ImportError as error:
         return f"not built ({error})"
     if hasattr(extension, "openmp"):
-        return "built, with OpenMP" if extension.openmp else "built, without OpenMP: one thread"
+        found = "built, with OpenMP" if extension.openmp else "built, without OpenMP: one thread"
+        return f"{found}, {'with' if extension.supported('avx512bf16') else 'without'} bfloat16 products here"
     return "built"

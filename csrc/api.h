@@ -72,6 +72,23 @@ struct Divergence {
     float* values = nullptr;  // (N,)
 };
 
+// Element (line, k) of an operand, k the summed dimension, stands at data + line * line_stride + k * depth_stride, one
+// of the two strides being 1.
+struct Operand {
+    const void* data = nullptr;
+    Dtype dtype = Dtype::kBFloat16;  // or float32, to be rounded to bfloat16
+    int64_t line_stride = 0, depth_stride = 1;
+};
+
+// out(i, j), at out + i * out_stride + j, is (or grows by) the sum over k of left(i, k) right(j, k).
+struct Product {
+    Operand left, right;
+    int64_t rows = 0, columns = 0, depth = 0;
+    float* out = nullptr;
+    int64_t out_stride = 0;
+    bool add = false;
+};
+
 // One instruction set's kernels, over rows [begin, end).
 struct Kernels {
     void (*forward)(const Forward&, int64_t begin, int64_t end);
@@ -85,6 +102,11 @@ Kernels portable_kernels();
 #ifdef CEPO_X86
 Kernels avx2_kernels();
 Kernels avx512_kernels();
+#endif
+#ifdef CEPO_AVX512BF16
+constexpr int64_t kMostRows = 448, kMostColumns = 1024;  // of a piece: its left panels take 1 MiB
+// Of rows [top, bottom) and columns [left, right).
+void avx512bf16_product(const Product&, int64_t top, int64_t bottom, int64_t left, int64_t right);
 #endif
 
 }  // namespace cepo

@@ -1,6 +1,7 @@
 // Python's door to the CPU kernels: addresses, sizes and strides in, nothing out but what was written there.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
 
 #include "tuples.h"
@@ -22,6 +23,9 @@ bool supported(const std::string& isa) {
     if (isa == "avx512")
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#ifdef CEPO_AVX512BF16
+    if (isa == "avx512bf16") return supported("avx512") && __builtin_cpu_supports("avx512bf16");
+#endif
 #endif
     return false;
 }
@@ -110,6 +114,31 @@ void divergence(const std::string& isa, int threads, int64_t rows, int64_t inner
     over_rows(rows, vocabulary, threads, [&](int64_t begin, int64_t end) { chosen.divergence(d, begin, end); });
 }
 
+#ifdef CEPO_AVX512BF16
+// In pieces, whose number is a multiple of the threads' where they are few; which they are changes no bit.
+void product(int threads, const py::tuple& left, const py::tuple& right, int64_t rows, int64_t columns, int64_t depth,
+             uintptr_t out, int64_t out_stride, bool add) {
+    const cepo::Product p{cepo::operand(left),  cepo::operand(right), rows, columns, depth,
+                          cepo::at<float>(out), out_stride,           add};
+    const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
+    py::gil_scoped_release release;
+    if (rows <= 0 || columns <= 0) return;
+    if (!add && out_stride == columns) advise_huge_pages(p.out, rows * columns * 4);
+    const int64_t down = parts(rows, cepo::kMostRows), height = parts(rows, down);
+    int64_t across = parts(columns, cepo::kMostColumns);
+    if (down * across < 4 * threads) across = parts(parts(down * across, threads) * threads, down);
+    const int64_t width = parts(parts(columns, across), 32) * 32;
+    across = parts(columns, width);
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (down * across > 1)
+#endif
+    for (int64_t i = 0; i < down * across; ++i) {
+        const int64_t top = i % down * height, left_edge = i / down * width;
+        cepo::avx512bf16_product(p, top, std::min(top + height, rows), left_edge, std::min(left_edge + width, columns));
+    }
+}
+#endif
+
 // Sum of float32 values read by all threads: the speed of a plain read, which benchmarks measure against.
 double plain_read(const std::string& isa, int threads, uintptr_t data, int64_t size) {
     const cepo::Kernels chosen = kernels(isa);
@@ -134,6 +163,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("policy_loss", &policy_loss);
     m.def("divergence", &divergence);
     m.def("plain_read", &plain_read);
+#ifdef CEPO_AVX512BF16
+    m.def("product", &product);
+#endif
 #ifdef _OPENMP
     m.attr("openmp") = true;
 #else

@@ -19,6 +19,12 @@ inline Logits logits(const py::tuple& t) {
             t[3].cast<int64_t>()};
 }
 
+// (address, dtype, line stride, depth stride)
+inline Operand operand(const py::tuple& t) {
+    return {at<const void>(t[0].cast<uintptr_t>()), static_cast<Dtype>(t[1].cast<int>()), t[2].cast<int64_t>(),
+            t[3].cast<int64_t>()};
+}
+
 // (row temperatures or 0, temperature, scale, softcap or 0, ignore_index)
 inline Options options(const py::tuple& t) {
     return {at<const double>(t[0].cast<uintptr_t>()), t[1].cast<double>(), t[2].cast<double>(), t[3].cast<double>(),

@@ -174,7 +174,7 @@ def test_an_older_state_with_a_generator_still_loads(tmp_path: Path) -> None:
     torch.save({"optimizer": optimizer.state_dict(), "generator": torch.zeros(1)}, tmp_path / checkpoint.STATE)
     checkpoint.load_state(tmp_path, optimizer)
     assert torch.equal(torch.get_rng_state(), before)
-    path = checkpoint.save(tmp_path, 1, parts.policy.model, parts.policy.tokenizer, optimizer, 1)
+    path = checkpoint.save(tmp_path, 1, parts.policy.model, parts.policy.tokenizer, optimizer.state_dict(), 1)
     assert set(torch.load(path / checkpoint.STATE)) == {"optimizer"}
 
 

@@ -24,6 +24,7 @@ from cepo.errors import InputError
 from cepo.metrics import Clock
 from cepo.parts import Parts, load_parts
 from cepo.policy import Policy
+from cepo.processes import ALONE
 from cepo.rollout import Rollouts
 from cepo.tasks import Problem
 from cepo.tasks.addition import Addition
@@ -165,7 +166,8 @@ class Toy:
                 torch.stack([values[tuple(responses[r][:t])] for t in ts]) for r, ts in zip(rows, cuts, strict=True)
             ],
         )
-        parts: Any = type("Parts", (), {"config": Config(rredcot=RredcotConfig(mode=mode, centre=centre))})
+        config = Config(rredcot=RredcotConfig(mode=mode, centre=centre))
+        parts: Any = type("Parts", (), {"config": config, "processes": ALONE})
         made = rredcot.token_advantages(parts, batch, [list(range(len(responses)))], rewards, [False] * len(rewards), 1)
         advantages = made.advantages.double().view(len(PAIRS), 2, LENGTH)
         if centre == "own":  # what the config refuses

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from cepo import axes
 from cepo.config.checks import require
+from cepo.config.launch import LogConfig, ProcessesConfig
 from cepo.config.methods import AdvantageConfig, CreditConfig, LossConfig, RewardConfig, RredcotConfig
 from cepo.config.parts import (
     FEEDBACK_HINT,
@@ -36,8 +37,10 @@ __all__ = [
     "CreditConfig",
     "DiagnoseConfig",
     "EvalConfig",
+    "LogConfig",
     "LossConfig",
     "PolicyConfig",
+    "ProcessesConfig",
     "ReportConfig",
     "RewardConfig",
     "RolloutConfig",
@@ -66,6 +69,8 @@ class Config:
         eval: held-out accuracy, sampled and greedy.
         checkpoint: what survives a crash.
         report: which rollouts are kept token by token.
+        processes: several that train one model.
+        log: who is told of the run besides its metrics.jsonl.
         backend: of cepo_kernels: auto, triton, cpu, cpu:avx512, cpu:avx2, cpu:portable or reference; `cepo doctor` says
             which run here.
         run_dir: where the run is kept; null: a fresh directory under runs/.
@@ -84,13 +89,16 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     backend: str = "auto"
     run_dir: str | None = None
 
     def check(self) -> Config:
         """Fill in what depends on a method's name. Raises InputError, in one line, for the first bad value."""
         for part in (self.policy, self.rollout, self.teacher, self.reward, self.advantage, self.credit,
-                     self.rredcot, self.loss, self.train, self.eval, self.checkpoint, self.report):  # fmt: skip
+                     self.rredcot, self.loss, self.train, self.eval, self.checkpoint, self.report,
+                     self.log):  # fmt: skip
             part.check()
         if self.loss.distils:
             for name in ("reward", "advantage", "credit"):

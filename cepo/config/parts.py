@@ -131,7 +131,8 @@ class TrainConfig:
         weight_decay: AdamW's.
         max_grad_norm: gradients are scaled down to this norm.
         updates_per_batch: optimiser steps on each batch of rollouts.
-        prompts_per_pass: groups in one forward and backward pass; 0: all.
+        prompts_per_pass: groups in one forward and backward pass of a process, gradients adding up; 0: all.
+        gradient_checkpointing: keep each layer's input alone and compute the rest twice.
         seed: of the problems and the sampling noise.
     """
 
@@ -142,6 +143,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     updates_per_batch: int = 1
     prompts_per_pass: int = 0
+    gradient_checkpointing: bool = False
     seed: int = 0
 
     def check(self) -> None:

@@ -16,7 +16,8 @@ A member whose credit takes more than three rows of logits also has
 
     token_advantages(parts, batch, rows, rewards, success, step) -> TokenAdvantages    of the rollouts in `rows`, in
                                   lists of whole groups for one pass each; called before the update, which then reads no
-                                  teacher; rewards and success by the task, (B,), are those of all rollouts
+                                  teacher; rewards and success by the task, (B,), are those of all rollouts; in several
+                                  processes `rows` are this one's, and what is returned is gathered from all of them
     check(config)                 raises InputError for what it does not go with
     check_problem(parts, problem, prompt)    raises InputError for a problem that it cannot credit; `prompt` in ids
 """

@@ -108,10 +108,15 @@ def token_advantages(
     config, size = parts.config.rredcot, batch.rollouts.group_size
     starts: dict[int, list[int]] = {}
     values: dict[int, Tensor] = {}
-    for some in rows:
+
+    def valued(some: list[int]) -> tuple[list[int], list[list[int]], list[Tensor]]:
         cut = value.segments(parts, batch, some)
-        starts.update(zip(some, cut, strict=True))
-        values.update(zip(some, value.answer_values(parts, batch, some, cut), strict=True))
+        return some, cut, value.answer_values(parts, batch, some, cut)
+
+    for part in parts.processes.gather("values", lambda: [valued(some) for some in rows]):
+        for some, cut, valued_at in part:
+            starts.update(zip(some, cut, strict=True))
+            values.update(zip(some, valued_at, strict=True))
     gains = {b: reward - v[0].item() for b, v in values.items() if (reward := rewards[b]) is not None}
     columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # per segment; NaN where there is no reward
     lengths: list[int] = []

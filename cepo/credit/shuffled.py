@@ -65,12 +65,11 @@ def token_advantages(
     """A ((1 - lam) + lam w), CEPO's w and the evidence behind it taken from another token of the rollout."""
     config, policy = parts.config, parts.policy
     names = ("advantages", "evidence", "weight")
-    columns: list[list[Tensor]] = []
-    for some in rows:
+
+    def credited(some: list[int]) -> list[Tensor]:
         own = batch.per_token(batch.advantages, some)
         if batch.teachers is None:  # as lambda is 0
-            columns.append([own, *torch.full((2, own.numel()), float("nan"))])
-            continue
+            return [own, *torch.full((2, own.numel()), float("nan"))]
         told = teacher_states(policy, config.teacher, batch.teachers, TEACHERS, batch.rollouts, some)
         states = response_states(policy, batch.prompts(some), batch.responses(some))
         with policy.autocast():
@@ -87,6 +86,9 @@ def token_advantages(
                 **kernel_options(parts),
             )
         order = permutation([len(ids) for ids in batch.responses(some)], some, config.train.seed, step)
-        columns.append([getattr(out, name).cpu()[order] for name in names])
+        return [getattr(out, name).cpu()[order] for name in names]
+
+    told = parts.processes.gather("credit", lambda: [credited(some) for some in rows])
+    columns = [column for part in told for column in part]
     advantages, evidence, weight = (torch.cat(column) for column in zip(*columns, strict=True))
     return TokenAdvantages(advantages, {"evidence": evidence, "weight": weight}, {})

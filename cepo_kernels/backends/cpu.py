@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -32,6 +33,7 @@ except ImportError as error:
             "start it from another directory, or `pip install -e .` there"
         )
 
+Product = Callable[[Tensor, Tensor, Tensor, bool], None]
 ISAS = ("avx512", "avx2", "portable")
 
 
@@ -105,6 +107,25 @@ class Variant:
         _cpu.divergence(self.isa, torch.get_num_threads(), *native.shape(inputs.student), call, fresh)
         del row_temperature
 
+    @property
+    def product(self) -> Product | None:
+        """Products of bfloat16 operands with float32 results, where this instruction set has them."""
+        assert _cpu is not None
+        return _product if self.isa == "avx512" and _cpu.supported("avx512bf16") else None
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """``out`` (M, N), float32 with contiguous rows, is, or with ``add`` grows by, ``a`` (M, K) times ``b`` (K, N).
+
+    These are bfloat16, or float32 to be rounded to it once. Sums are float32, in an order that neither the number of
+    threads nor the other rows and columns change; subnormals count as 0.
+    """
+    assert _cpu is not None
+    a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
+    sizes = a.shape[0], b.shape[1], a.shape[1]
+    left, right = ((x.data_ptr(), native.DTYPES[x.dtype], *x.stride()) for x in (a, b.t()))
+    _cpu.product(torch.get_num_threads(), left, right, *sizes, out.data_ptr(), out.stride(0), add)
+
 
 def plain_read(data: Tensor, isa: str = "avx2") -> float:
     """Sum of contiguous float32 ``data`` by all threads: what benchmarks mean by reading memory and nothing more."""
@@ -117,3 +138,4 @@ def plain_read(data: Tensor, isa: str = "avx2") -> float:
 _best = Variant()
 unavailable, forward, backward = _best.unavailable, _best.forward, _best.backward
 policy_loss, divergence, notes = _best.policy_loss, _best.divergence, _best.notes
+product = None if _cpu is None else _best.product
