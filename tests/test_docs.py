@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import re
 import shlex
 import socket
@@ -96,7 +95,8 @@ def test_commands_and_files_are_accepted(page: Path, tmp_path: Path, monkeypatch
     files = {}
     for block in blocks(page):
         if block.language in ("yaml", "json"):
-            path = tmp_path / (block.title or f"untitled.{block.language}")
+            assert block.title, "a file needs a title"
+            path = tmp_path / block.title
             path.write_text(block.text)
             files[path.name] = str(path)
             check_file(path)
@@ -109,10 +109,8 @@ def test_commands_and_files_are_accepted(page: Path, tmp_path: Path, monkeypatch
 
 def check_file(path: Path) -> None:
     """A configuration, the plan of a comparison, or problems one a line."""
-    if path.suffix == ".json":
-        lines = path.with_suffix(".jsonl")
-        lines.write_text("".join(f"{json.dumps(json.loads(line))}\n" for line in path.read_text().splitlines()))
-        assert get_task(f"jsonl:{lines}").train(0, seed=0).answer
+    if path.suffix == ".jsonl":
+        assert get_task(f"jsonl:{path}").train(0, seed=0).answer
     elif "methods" in yaml.safe_load(path.read_text()):
         load(path)
     else:
