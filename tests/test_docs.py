@@ -61,6 +61,7 @@ class ParsedError(Exception):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_is_fenced_and_says_what_it_is(page: Path) -> None:
+    blocks(page)
     rest = BLOCK.sub("", page.read_text())
     assert "```" not in rest
     assert not re.search(r"^\n(?:    |\t)\S", rest, re.MULTILINE), "an indented block, which nothing tests"
