@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -32,6 +33,12 @@ def run_setup(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess
         [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")],
         cwd=source, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("package", ["cepo", "cepo_kernels"])
+def test_its_types_come_along(package):
+    """Where CI runs this, the package is the installed one."""
+    assert Path(importlib.import_module(package).__file__).with_name("py.typed").is_file()
 
 
 def test_without_compilers_the_install_succeeds_and_says_what_is_missing(tmp_path):
