@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tiny import one_thread  # noqa: F401
 
+from cepo import metrics
 from cepo.assets import embedded_model
 from cepo.assets.build import accuracy, load, slip_evidence
 from cepo.assets.build_worked import HINTS, SLIPS, attempt, draw_batches, example, follows_hint, hint
@@ -153,12 +154,21 @@ def test_training_saw_neither_rl_nor_held_out_problems(task: Worked) -> None:
     assert not owner.keys() & {*users}
 
 
-@pytest.mark.parametrize("method", ["--loss.name=opsd", "--loss.name=sdpo", "--credit.name=rredcot"])
-def test_methods_that_need_more_than_an_answer_run(task: Worked, tmp_path: Path, method: str) -> None:
-    run = str(tmp_path / "run")
-    arguments = ["--policy.model=embedded:worked-0.8m", f"--task.name={task.name}", method, "--train.steps=1",
-                 "--rollout.prompts=4", "--rollout.group_size=4", "--eval.problems=4", "--run_dir", run]  # fmt: skip
+@pytest.mark.parametrize(
+    ("dataset", "method"),
+    [
+        ("number_sorting", "--loss.name=opsd"),
+        ("number_filtering", "--loss.name=sdpo"),
+        ("number_sorting", "--credit.name=rredcot"),
+    ],
+)
+def test_methods_that_need_more_than_an_answer_run(tmp_path: Path, dataset: str, method: str) -> None:
+    arguments = ["--policy.model=embedded:worked-0.8m", f"--task.name=worked:{dataset}", method, "--train.steps=1",
+                 "--rollout.prompts=4", "--rollout.group_size=4", "--eval.problems=4",
+                 f"--run_dir={tmp_path / 'run'}"]  # fmt: skip
     assert main(["train", *arguments]) == 0
+    (step,) = [record for record in metrics.read(tmp_path / "run") if record["kind"] == "train"]
+    assert step["gradient_norm"] > 0
 
 
 def test_an_embedded_model_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,9 +201,9 @@ def test_the_answer_exposes_the_slip_at_every_step_to_the_teacher(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", HINTS)
+@pytest.mark.parametrize(("kind", "least"), [("answer", 0.8), ("solution", 0.8), ("feedback", 0.4)])
 def test_what_follows_a_hint_heeds_it_right_or_wrong(
-    task: Worked, model_and_tokenizer: tuple[Any, Any], kind: str
+    task: Worked, model_and_tokenizer: tuple[Any, Any], kind: str, least: float
 ) -> None:
-    right, wrong = follows_hint(*model_and_tokenizer, kind, task, 100)
-    assert min(right, wrong) >= 0.8, (right, wrong)
+    right, wrong = follows_hint(*model_and_tokenizer, kind, task, 60)
+    assert min(right, wrong) >= least, (right, wrong)

@@ -1,6 +1,6 @@
 """Trains the embedded model of `cepo.tasks.worked` from the one that adds: sorting and filtering, with their mistakes.
 
-    python -m cepo.assets.build_worked                  # writes ./worked-0.8m, about 10 minutes on one free core
+    python -m cepo.assets.build_worked                  # writes ./worked-0.8m, about 16 minutes on one core
     python -m cepo.assets.build_worked --evaluate DIR   # only measure a finished model
 
 Like the addition model (`cepo.assets.build`), from which it has its size, characters and weights, it was taught one
@@ -32,7 +32,7 @@ SLIPS = {"number_sorting": {1: 0.72, 2: 0.4}, "number_filtering": {0: 0.7, 1: 0.
 HINTS = {**{kind: TEXTS[kind] for kind in ("answer", "solution", "sibling")}, "feedback": "{prompt}\nHint: {feedback}"}
 # Steps, peak learning rate and share of sorting of each round: filtering takes longer to learn.
 ROUNDS = ((600, 2e-3, 0.5), (400, 1.5e-3, 0.25))
-BATCHES = ({"none": 28, "cue": 6}, {"answer": 24, "feedback": 12}, {"solution": 4, "sibling": 4})  # in tasks' mean
+BATCHES = ({"none": 28, "cue": 6}, {"answer": 24, "feedback": 12}, {"solution": 4, "sibling": 4})  # the tasks' mean
 
 
 def tempting(form: Form, prompt: str, results: list[str]) -> tuple[str, int]:
