@@ -29,7 +29,7 @@ BFLOAT16_PROBE = "#include <immintrin.h>\nint main() { return sizeof(__m512bh) !
 BFLOAT16_FLAGS = f"{ISA_FLAGS['avx512']} -mavx512bf16"
 # No contraction: a row's bits must not depend on which call the compiler happened to inline.
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi"
-NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -Xfatbin -compress-all"
+NVCC_FLAGS = "--threads 0 -std=c++17 -O3 -fmad=false -Xfatbin -compress-all"
 DEPENDENCIES = "  depfile = $out.d\n  deps = gcc"
 CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 
