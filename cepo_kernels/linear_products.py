@@ -68,15 +68,18 @@ class Products:
         widest = self.sharded.shard.widest if self.sharded else self.head.weight.shape[0]
         return chunk_rows(contexts, widest, self.result)
 
-    def _add(self, into: Tensor, a: Tensor, b: Tensor) -> None:
+    def _grow(self, into: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        """``into`` with the product of ``a`` and ``b`` added; None: the product alone, for which nothing is zeroed."""
         if self.product:
-            self.product(into, a, b, True)
-            return
+            out = torch.empty((a.shape[0], b.shape[1]), dtype=self.sums) if into is None else into
+            self.product(out, a, b, into is not None)
+            return out
         a, b = a.to(self.operand), b.to(self.operand)
-        if a.dtype == into.dtype:
-            into.addmm_(a, b)
-        else:
-            into += torch.mm(a, b, out_dtype=into.dtype) if a.is_cuda else torch.mm(a, b)
+        if into is not None and a.dtype == into.dtype:
+            return into.addmm_(a, b)
+        wide = a.is_cuda and a.dtype != self.sums
+        value = torch.mm(a, b, out_dtype=self.sums) if wide else torch.mm(a, b).to(self.sums)
+        return value if into is None else into.add_(value)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(M, V) of ``hidden`` (M, H)."""
@@ -95,15 +98,16 @@ class Products:
 
     def hidden_gradient(self, logits_gradient: Tensor) -> Tensor:
         """(M, H) from (M, V)."""
-        shape = (logits_gradient.shape[0], self.head.weight.shape[1])
-        out = torch.zeros(shape, dtype=self.sums, device=logits_gradient.device)
+        out = None
         for tile, weight in self.head.tiles(self.operand):
-            self._add(out, logits_gradient[:, tile], weight)
+            out = self._grow(out, logits_gradient[:, tile], weight)
+        if out is None:  # a shard of no columns
+            out = logits_gradient.new_zeros((logits_gradient.shape[0], self.head.weight.shape[1]), dtype=self.sums)
         return out
 
-    def add_weight_gradient(self, into: Tensor, logits_gradient: Tensor, hidden: Tensor) -> None:
-        """``into`` (V, H) grows by the product of (M, V) transposed and (M, H)."""
-        self._add(into, logits_gradient.t(), hidden)
+    def add_weight_gradient(self, so_far: Tensor | None, logits_gradient: Tensor, hidden: Tensor) -> Tensor:
+        """``so_far`` (V, H), if any, grown by the product of (M, V) transposed and (M, H)."""
+        return self._grow(so_far, logits_gradient.t(), hidden)
 
 
 def kept_dtype(tensor: Tensor) -> torch.dtype:
@@ -117,14 +121,14 @@ class Gradients:
     def __init__(self, products: Products, hidden: Tensor, needs: list[bool]) -> None:
         self.products, self.dtype = products, products.sums if products.sharded else kept_dtype(hidden)
         self.given = kept_dtype(hidden)
-        weight = products.head.weight
+        columns = products.head.weight.shape[:1]
 
         def zeros(shape: torch.Size, wanted: bool, dtype: torch.dtype = products.sums) -> Tensor:
             return torch.zeros(shape if wanted else (0,), dtype=dtype, device=hidden.device)
 
         self.hidden = zeros(hidden.shape, needs[0], self.dtype)
-        self.weight = zeros(weight.shape, needs[1])
-        self.bias = zeros(weight.shape[:1], needs[2])
+        self.weight: Tensor | None = None  # until there are rows
+        self.bias = zeros(columns, needs[2])
         self.needs = needs
 
     def add(self, rows: Tensor, logits_gradient: Tensor, hidden: Tensor) -> None:
@@ -132,7 +136,7 @@ class Gradients:
         if self.needs[0]:
             self.hidden[rows] = self.products.hidden_gradient(logits_gradient).to(self.dtype)
         if self.needs[1]:
-            self.products.add_weight_gradient(self.weight, logits_gradient, hidden)
+            self.weight = self.products.add_weight_gradient(self.weight, logits_gradient, hidden)
         if self.needs[2]:
             self.bias += logits_gradient.sum(0, dtype=self.bias.dtype)
 
@@ -141,4 +145,7 @@ class Gradients:
         if self.products.sharded and self.needs[0]:
             self.products.sharded.reduce(self.hidden)
         bias = self.bias if head.bias is None else self.bias.to(kept_dtype(head.bias))
-        return self.hidden.to(self.given), self.weight.to(kept_dtype(head.weight)), bias
+        weight = self.weight
+        if weight is None:
+            weight = self.hidden.new_zeros(head.weight.shape if self.needs[1] else (0,), dtype=self.products.sums)
+        return self.hidden.to(self.given), weight.to(kept_dtype(head.weight)), bias
