@@ -290,10 +290,10 @@ def test_an_interrupt_names_what_can_be_resumed(
 ) -> None:
     original = trainer.train_step
 
-    def interrupted(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> trainer.Record:
+    def interrupted(parts: Parts, optimizer: torch.optim.Optimizer, step: int, observe: Any) -> trainer.Record:
         if step == 2:
             raise KeyboardInterrupt
-        return original(parts, optimizer, step)
+        return original(parts, optimizer, step, observe)
 
     monkeypatch.setattr(trainer, "train_step", interrupted)
     assert main(["train", *QUICK, "--checkpoint.every", "1" if saved else "20", "--run_dir", "mine"]) == 130
