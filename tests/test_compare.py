@@ -174,10 +174,10 @@ import os, signal, sys
 from cepo import trainer
 from cepo.cli import main
 original = trainer.train_step
-def fatal(parts, optimizer, step):
+def fatal(parts, optimizer, step, observe=None):
     if (parts.config.credit.name, step) == ("cepo", 2):
         os.kill(os.getpid(), signal.SIGKILL)
-    return original(parts, optimizer, step)
+    return original(parts, optimizer, step, observe)
 trainer.train_step = fatal
 main(sys.argv[1:])
 """
@@ -213,10 +213,10 @@ def test_a_failed_cell_is_told_and_tried_again(
 ) -> None:
     original = trainer.train_step
 
-    def failing(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> trainer.Record:
+    def failing(parts: Parts, optimizer: torch.optim.Optimizer, step: int, observe: Any) -> trainer.Record:
         if parts.config.credit.name == "cepo":
             raise RuntimeError("the cat\nsat on it")
-        return original(parts, optimizer, step)
+        return original(parts, optimizer, step, observe)
 
     plan, out = write(tmp_path, {**SMALL, "seeds": [0]}), tmp_path / "out"
     monkeypatch.setattr(trainer, "train_step", failing)
