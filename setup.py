@@ -116,8 +116,9 @@ def cuda_rules(target: Path) -> str:
         )
     import pybind11
 
-    newest = CUDA_ARCHITECTURES[-1]
-    targets = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
+    wanted = os.environ.get("CEPO_CUDA_ARCHITECTURES", "").split() or CUDA_ARCHITECTURES
+    newest = wanted[-1]
+    targets = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in wanted]
     targets.append(f"-gencode arch=compute_{newest},code=compute_{newest}")
     includes = " ".join(
         f"-isystem {escape(path)}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])
