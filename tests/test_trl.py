@@ -6,7 +6,6 @@ Run as a script, by torchrun, it is one of several processes that train together
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import runpy
 import subprocess
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import one_thread, tiny_policy  # noqa: F401
+from tiny import load_afresh, one_thread, tiny_policy  # noqa: F401
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install '.[trl]'")
 from datasets import Dataset
@@ -320,20 +319,14 @@ def test_published_settings_are_the_defaults(tmp_path: Path) -> None:
 def test_other_versions_are_refused_with_those_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
     import trl
 
-    def load() -> None:
-        spec = importlib.util.spec_from_file_location("fresh", integration.__file__)
-        assert spec is not None
-        assert spec.loader is not None
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
     wanted = r"expected TRL >= 1\.16, < 1\.17 \(pip install 'trl>=1\.16,<1\.17'\), got"
     for version in ("1.15.0", "1.17.0", "0.29.1"):
         monkeypatch.setattr(trl, "__version__", version)
         with pytest.raises(ImportError, match=f"{wanted} {version}"):
-            load()
+            load_afresh(integration)
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ImportError, match=f"{wanted}: .*trl"):
-        load()
+        load_afresh(integration)
 
 
 def test_lora_trains(tmp_path: Path) -> None:

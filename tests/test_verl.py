@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import os
 import shlex
 import subprocess
@@ -20,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Sums, one_thread, rollouts_of, tiny_policy  # noqa: F401
+from tiny import Sums, load_afresh, one_thread, rollouts_of, tiny_policy  # noqa: F401
 
 pytest.importorskip("verl", reason="verl is not installed: pip install '.[verl]'")
 import transfer_queue as tq
@@ -430,17 +429,11 @@ def test_the_examples_overrides_make_a_trainer(folder: Path) -> None:
 def test_other_versions_are_refused_with_those_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
     import verl
 
-    def load() -> None:
-        spec = importlib.util.spec_from_file_location("fresh", integration.__file__)
-        assert spec is not None
-        assert spec.loader is not None
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
     wanted = r"expected verl >= 0\.9\.1, < 0\.10 \(pip install 'verl>=0\.9\.1,<0\.10'\), got"
     for version in ("0.8.0", "0.9.0", "0.10.0"):
         monkeypatch.setattr(verl, "__version__", version)
         with pytest.raises(ImportError, match=f"{wanted} {version}"):
-            load()
+            load_afresh(integration)
     monkeypatch.setitem(sys.modules, "verl", None)
     with pytest.raises(ImportError, match=f"{wanted} .*verl"):
-        load()
+        load_afresh(integration)

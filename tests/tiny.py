@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +15,14 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from cepo.policy import EMBEDDED, Policy, encode, make_policy, render
 from cepo.rollout import Rollouts
 from cepo.tasks import Problem
+
+
+def load_afresh(module: ModuleType) -> None:
+    """Run a module as its first import does, and leave the one that is loaded."""
+    spec = importlib.util.spec_from_file_location("fresh", module.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 @pytest.fixture(autouse=True)
