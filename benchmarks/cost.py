@@ -79,6 +79,7 @@ def measure(configs: dict[str, Config], rounds: int) -> list[dict[str, Any]]:
         {
             "name": name,
             "seconds": statistics.median(seconds[name]),
+            "total_ratio": sum(seconds[name]) / sum(seconds["grpo"]),
             "ratio": statistics.median(a / b for a, b in zip(seconds[name], seconds["grpo"], strict=True)),
             "phases": {key: statistics.median(each[key] for each in phases[name]) for key in phases[name][0]},
         }
@@ -92,8 +93,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     for model in args.models:
-        configs, rounds = MODELS[model]
-        about = {"machine": machine(), "rounds": rounds, "measured": measure(configs(), rounds)}
+        make, rounds = MODELS[model]
+        configs = make()
+        about = {"machine": machine(), "threads": configs["grpo"].policy.threads or machine()["threads"],
+                 "rounds": rounds, "measured": measure(configs, rounds)}  # fmt: skip
         merge(args.results, {model: about})
 
 
