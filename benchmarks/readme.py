@@ -291,7 +291,7 @@ def cost() -> str:
             f"**{model}**: {machine['processor']}, {about['threads']} threads, {machine['date']}; medians of "
             f"{about['rounds']} steps, methods taking turns.",
             "",
-            "| | seconds of a step | of GRPO's, step by step | of GRPO's in all | teachers, values | credit, divergence |",
+            "| | seconds of a step | of GRPO's, step by step | in all | teachers, values | credit, divergence |",
             "|---|---:|---:|---:|---:|---:|",
         ]
         for row in about["measured"]:
@@ -330,13 +330,13 @@ def main() -> int:
     for page, tables in PAGES.items():
         path = ROOT / page
         text = path.read_text()
-        for name, table in tables.items():
+        for name, made in tables.items():
             begin, end = f"<!-- {name}: benchmarks/readme.py writes this -->", f"<!-- /{name} -->"
             if begin not in text or end not in text:
                 print(f"{page}: expected the markers {begin!r} and {end!r}", file=sys.stderr)
                 return 2
             before, after = text.split(begin)[0], text.split(end)[1]
-            text = f"{before}{begin}\n{table()}\n{end}{after}"
+            text = f"{before}{begin}\n{made()}\n{end}{after}"
         path.write_text(text)
     return 0
 
