@@ -320,6 +320,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "family": partial(worth, "family"),
         "addition_more": partial(worth, "addition_more"),
         "siblings": partial(worth, "siblings"),
+        "cepo_knobs": partial(worth, "cepo_knobs"),
         "smollm2": partial(worth, "smollm2"),
         "cost": cost,
     },
