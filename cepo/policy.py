@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -255,9 +255,10 @@ def response_states(policy: Policy, contexts: Sequence[Sequence[int]], responses
     Contexts are padded on the left and responses on the right, so that responses line up.
     """
 
-    def run(contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
-        before = _pad([list(context)[:-1] for context in contexts], policy.pad_id, left=True)
-        within = _pad(_shifted(contexts, responses), policy.pad_id)
+    def run(rows: Sequence[int]) -> Tensor:
+        told, replies = [contexts[b] for b in rows], [responses[b] for b in rows]
+        before = _pad([list(context)[:-1] for context in told], policy.pad_id, left=True)
+        within = _pad(_shifted(told, replies), policy.pad_id)
         ids, mask = (torch.cat(pair, dim=1).to(policy.device) for pair in zip(before, within, strict=True))
         wanted = torch.cat([torch.zeros_like(before[1]), within[1]], dim=1).to(policy.device)
         return _states(policy, wanted, ids, mask, _positions(policy, mask))
@@ -266,16 +267,19 @@ def response_states(policy: Policy, contexts: Sequence[Sequence[int]], responses
 
 
 def _once_each(
-    policy: Policy, contexts: Sequence[Any], responses: Sequence[Sequence[int]], run: Callable[..., Tensor]
+    policy: Policy, contexts: Sequence[Hashable], responses: Sequence[Sequence[int]], run: Callable[..., Tensor]
 ) -> Tensor:
-    """`run(contexts, responses)`, in which equal rollouts, of which groups of short answers are full, share a row."""
+    """`run(rows)` of all, in which equal rollouts, of which groups of short answers are full, share a row.
+
+    contexts: whatever tells them apart.
+    """
     pairs = list(zip(contexts, map(tuple, responses), strict=True))
-    distinct = list(dict.fromkeys(pairs))
-    if len(distinct) == len(pairs) or not policy.split_head:  # rows of logits are too large to have twice
-        return run(contexts, responses)
-    states = run(*zip(*distinct, strict=True))
-    pieces = dict(zip(distinct, states.split([len(response) for _, response in distinct]), strict=True))
-    return torch.cat([pieces[pair] for pair in pairs])
+    first = {pair: row for row, pair in reversed(list(enumerate(pairs)))}
+    rows = sorted(first.values())
+    if len(rows) == len(pairs) or not policy.split_head:  # rows of logits are too large to have twice
+        return run(range(len(pairs)))
+    pieces = dict(zip(rows, run(rows).split([len(responses[b]) for b in rows]), strict=True))
+    return torch.cat([pieces[first[pair]] for pair in pairs])
 
 
 @dataclass(frozen=True)
@@ -323,20 +327,22 @@ def continued_states(
     lengths: response b follows the first lengths[b] tokens of its prefix; the prefixes must be `divisible`.
     """
     lengths = [len(prefixes.ids[k]) for k in index] if lengths is None else lengths
+    places = list(zip(index, lengths, strict=True))
 
-    def run(chosen: Sequence[tuple[int, int]], responses: Sequence[Sequence[int]]) -> Tensor:
+    def run(rows: Sequence[int]) -> Tensor:
+        chosen, replies = [places[b] for b in rows], [responses[b] for b in rows]
         contexts = [prefixes.ids[k][:n] for k, n in chosen]
-        rows, lengths = torch.tensor(chosen, device=policy.device).unbind(1)
-        before = prefixes.mask[rows]
+        which, lengths = torch.tensor(chosen, device=policy.device).unbind(1)
+        before = prefixes.mask[which]
         before = before & (before.cumsum(1) < lengths[:, None])
-        ids, wanted = (part.to(policy.device) for part in _pad(_shifted(contexts, responses), policy.pad_id))
+        ids, wanted = (part.to(policy.device) for part in _pad(_shifted(contexts, replies), policy.pad_id))
         cache = copy.deepcopy(prefixes.cache)
-        cache.batch_select_indices(rows)
+        cache.batch_select_indices(which)
         mask = torch.cat([before, wanted], dim=1)
         positions = {name: value[:, -ids.shape[1] :] for name, value in _positions(policy, mask).items()}
         return _states(policy, wanted, ids, mask, positions, cache)
 
-    return _once_each(policy, list(zip(index, lengths, strict=True)), responses, run)
+    return _once_each(policy, places, responses, run)
 
 
 def _shifted(contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[int]]:
