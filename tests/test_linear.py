@@ -163,9 +163,9 @@ def test_rows_that_cannot_matter_meet_no_product(monkeypatch):
     with monkeypatch.context() as small:
         small.setattr(linear_products, "LOGITS_BYTES", 0)  # chunks of 16 rows: the logits are made again
         linear_token_logprobs(hidden[0], weight, labels).logprobs.backward(advantages)
-    again = [16] * (active // 16) + [active % 16]
+    first, again = ([len(x) for x in torch.arange(n).tensor_split(-(-n // 16))] for n in (scored, active))
     assert [size for name, size in made if name == "add_weight_gradient"] == again
-    assert [size for name, size in made if name == "logits"] == [16] * (scored // 16) + [scored % 16] + again
+    assert [size for name, size in made if name == "logits"] == first + again
     made.clear()
     old = out.logprobs.detach() - advantages.sign()  # every row far beyond the bound that its sign has
     out = linear_contrastive_policy_loss(*hidden, weight, labels, advantages, old)
