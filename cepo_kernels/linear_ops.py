@@ -114,13 +114,14 @@ def _forward(
             slopes.zero_()
     wanted = [slopes for slopes in kept if keep == SLOPES and slopes.numel()]
     gathered = [Gathered(call.products, labels.numel()) for _ in wanted]
-    for rows, inputs in call.chunks(_chosen(call.labels != ignore_index), keep == LOGITS):
+    alone = positive is negative is None
+    for rows, inputs in call.chunks(_chosen(call.labels != ignore_index), keep == LOGITS and alone):
         part = call.part(rows.numel())
         call.backend.forward(inputs, part)
         call.scatter(rows, part)
         if keep == SLOPES:
             _keep_slopes(call, rows, inputs, part, wanted, gathered)
-        elif keep == LOGITS and rows.numel() == kept[0].shape[0] and inputs.positive is inputs.negative is None:
+        elif keep == LOGITS and rows.numel() == kept[0].shape[0] and alone:
             kept[0] = inputs.policy[0]
         elif keep == LOGITS:
             kept[0][call.labels == ignore_index] = 0.0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LOGITS_BYTES = 256 << 20  # of a chunk's logits, all contexts together
 LEAST_ROWS = 16  # of a chunk, however many columns there are
 CACHE_BYTES = 24 << 20  # of a piece's logits: a CPU's cache holds them, and malloc keeps memory of up to 32 MiB
-PIECE_ROWS = 126  # of a piece, all contexts together, however many columns: what makes up for repacking the head
+PIECE_ROWS = 126  # of a piece, all contexts together, however many columns: enough to have packed the head for
 TILE_BYTES = 64 << 20  # of the head's rows that are upcast at a time, where they must be
 
 
@@ -76,7 +76,7 @@ class Products:
         return chunk_rows(contexts, widest, self.result)
 
     def piece(self, contexts: int) -> int:
-        """Rows whose logits exist at a time, where nothing keeps them: of native products no more than a cache holds."""
+        """Rows whose logits exist at a time where nothing keeps them; of native products what a cache holds."""
         if not self.product or self.sharded:  # whose ranks all make the same calls
             return self.rows(contexts)
         cached = CACHE_BYTES // (max(1, self.head.weight.shape[0]) * self.result.itemsize)
@@ -154,7 +154,7 @@ class Gathered:
         """What is ready for a product: rows, their (M, V) and whether these are all."""
         first = sum(x.numel() for x in self.rows)
         if first + rows.numel() > self.most:
-            yield from self.rest()
+            yield from self.rest(False)
             first = 0
         if not self.products.product or rows.numel() == self.most:
             self.begun = True
@@ -165,10 +165,10 @@ class Gathered:
         self.kept[first : first + rows.numel()] = logits_gradient
         self.rows.append(rows)
 
-    def rest(self) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    def rest(self, last: bool = True) -> Iterator[tuple[Tensor, Tensor, bool]]:
         """The same, of what is left."""
         if self.rows and self.kept is not None:
-            rows, only = torch.cat(self.rows), not self.begun
+            rows, only = torch.cat(self.rows), last and not self.begun
             self.rows, self.begun = [], True
             yield rows, self.kept[: rows.numel()], only
 

@@ -136,7 +136,7 @@ def rescaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
 def is_last(upstream: Tensor) -> bool:
     """Whether a backward on the CPU is its graph's last, so that what the graph kept may be changed and given away."""
     eager = type(upstream) is Tensor and upstream.device.type == "cpu"
-    return eager and not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+    return eager and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def times(gradient: Tensor, upstream: Tensor, last: bool) -> Tensor:

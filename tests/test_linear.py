@@ -396,6 +396,23 @@ def test_kept_logits_serve_several_backwards():
             oracle.assert_same_bits(a, b)
 
 
+def test_a_kept_graph_keeps_the_gradients_of_its_loss():
+    """A graph's last backward gives them away, scaled where they are; earlier ones must not."""
+    hidden, weight, _, labels, advantages = inputs()
+    leaf = weight.clone().requires_grad_()
+    (want,) = torch.autograd.grad(
+        linear_contrastive_policy_loss(*hidden, leaf, labels, advantages).loss, leaf, torch.tensor(3.0)
+    )
+    loss = linear_contrastive_policy_loss(*hidden, leaf, labels, advantages).loss
+    for _ in range(2):
+        (found,) = torch.autograd.grad(loss, leaf, torch.tensor(3.0), retain_graph=True)
+        oracle.assert_same_bits(found, want)
+        found.zero_()
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    torch.testing.assert_close(leaf.grad, want)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.usefixtures("_chunks")
 def test_sixteen_bit_logits_are_those_of_a_plain_linear_layer(frozen):

@@ -130,6 +130,7 @@ def _product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     which they are then rounded.
     """
     assert _cpu is not None
+    assert out.dtype == torch.float32 or not add
     a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
     sizes = a.shape[0], b.shape[1], a.shape[1]
     left, right = ((x.data_ptr(), native.DTYPES[x.dtype], *x.stride()) for x in (a, b.t()))
