@@ -6,7 +6,7 @@ the product; or in 16 bits, rounded as a linear layer rounds them, where a calle
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -68,7 +68,8 @@ class Products:
         self.product = product if native else None
         unrounded = sixteen and hidden.is_cuda and self.result == torch.float32
         self.operand = hidden.dtype if self.product or unrounded else self.result
-        self.fresh = getattr(inner, "empty", torch.empty) if hidden.is_cpu else torch.empty
+        fresh = getattr(inner, "empty", torch.empty) if hidden.is_cpu else torch.empty
+        self.fresh = cast("Callable[..., Tensor]", fresh)
         self.device = hidden.device
 
     def rows(self, contexts: int) -> int:
@@ -84,14 +85,13 @@ class Products:
 
     def empty(self, rows: int, dtype: torch.dtype) -> Tensor:
         """Room for (rows, V)."""
-        return cast(Tensor, self.fresh((rows, self.head.weight.shape[0]), dtype=dtype, device=self.device))
+        return self.fresh((rows, self.head.weight.shape[0]), dtype=dtype, device=self.device)
 
     def _grow(self, into: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """``into``, of dtype ``sums``, with the product of ``a`` and ``b`` added; None: the product alone, for which
         nothing is zeroed, as it comes or, where it can, in ``dtype``."""
         if self.product:
-            shape = a.shape[0], b.shape[1]
-            out = torch.empty(shape, dtype=dtype or self.sums) if into is None else into
+            out = torch.empty((a.shape[0], b.shape[1]), dtype=dtype or self.sums) if into is None else into
             self.product(out, a, b, into is not None)
             return out
         a, b = a.to(self.operand), b.to(self.operand)
