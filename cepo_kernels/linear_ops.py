@@ -6,6 +6,7 @@ The contexts of a chunk go through the head in one product; rows that cannot mat
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -185,9 +186,10 @@ def _backward(
     policy: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None, logprobs: Tensor, entropy: Tensor, stats: Tensor, kept: Tensor | None,
     temperature: Tensor, logit_scale: Tensor, logit_softcap: Tensor | None, ignore_index: int, needs: list[bool],
-    logits_dtype: torch.dtype | None, backend: str,
+    logits_dtype: torch.dtype | None, backend: str, overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The logits, kept or made again, of the rows whose upstream gradient is not zero, and what follows from theirs."""
+    """The logits, kept or made again, of the rows whose upstream gradient is not zero, and what follows from theirs;
+    ``overwrite``: nobody needs the kept ones as they are."""
     hidden = policy.reshape(-1, policy.shape[-1])
     chosen = backends.choose(backend, policy.device.type, logprobs.dtype)
     products = Products(Head(weight, bias), hidden, logits_dtype, chosen)
@@ -201,14 +203,17 @@ def _backward(
             moved |= values != 0
     taken = _chosen((flat != ignore_index) & moved)
     whole, first, room = kept is not None and taken.numel() == kept.shape[0], 0, torch.empty(0)
-    size = products.rows(1) if products.operand == products.result else products.piece(1)  # which needs no rounding
-    for rows in _pieces(taken, size):
-        gradient = room = room[: rows.numel()] if first else products.empty(rows.numel(), products.result)
+    at_once = (whole and overwrite) or products.operand == products.result  # no rounding, or no room for more
+    for rows in _pieces(taken, products.rows(1) if at_once else products.piece(1)):
+        if whole and kept is not None:
+            logits = kept[first : first + rows.numel()]
+        if whole and overwrite:
+            gradient = logits
+        else:
+            gradient = room = room[: rows.numel()] if first else products.empty(rows.numel(), products.result)
         if kept is None:
             logits = products.logits(hidden[rows], gradient)
-        elif whole:  # another backward may follow, and needs them as they are
-            logits = kept[first : first + rows.numel()]
-        else:
+        elif not whole:
             logits = torch.index_select(kept, 0, rows, out=gradient)
         first += rows.numel()
         chosen.backward(
@@ -384,7 +389,8 @@ def _backward_forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, .
     elif any(values is not None for values in upstream):
         policy, weight, bias, labels, logprobs, entropy, stats, kept, *options = ctx.saved_tensors
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
-        found = linear_grad(
+        last = all(is_last(values) for values in upstream if values is not None)
+        found = (partial(_backward, overwrite=True) if last else linear_grad)(
             policy, weight, bias, labels, upstream[0], upstream[1] if entropy.numel() else None, logprobs, entropy,
             stats, kept, *options, ctx.ignore_index, needs, ctx.logits_dtype, ctx.backend,
         )  # fmt: skip
