@@ -51,8 +51,8 @@ def chunk_rows(contexts: int, vocabulary: int, dtype: torch.dtype) -> int:
 class Products:
     """Matrix products with a head: 16-bit operands, gradients of logits among them, summed in float32, on a GPU and, in
     bfloat16, where the CPU backend has a ``product``; else upcast, as torch's own on a CPU round their result. With a
-    16-bit ``logits_dtype`` all operands and results have that. On a `Shard` of the vocabulary the widest decides on
-    chunks, and gradients of hidden states are summed over the ranks."""
+    16-bit ``logits_dtype`` logits are rounded to it, and without such a product all operands and results. On a `Shard`
+    of the vocabulary the widest decides on chunks, and gradients of hidden states are summed over the ranks."""
 
     def __init__(
         self, head: Head, hidden: Tensor, logits_dtype: torch.dtype | None, backend: Backend | None = None

@@ -1,9 +1,10 @@
 // Products of bfloat16 matrices summed in float32, by AVX-512's dot product of pairs.
 //
-// Both operands are packed into panels of 16 lines (rows of the left one, columns of the right one): a vector holds a
-// pair of neighbours in the summed dimension for each line. float32 is rounded to bfloat16 there. A tile of sums stays
-// in registers for a block of the summed dimension and is then added to the result, so the bits of an element depend on
-// its own row and column alone.
+// Both operands are packed into panels of a few lines (rows of the left one, columns of the right one), as pairs of
+// neighbours in the summed dimension: of the right one a vector holds a pair for each line; of the left one pairs are
+// spread over a vector one by one, so that they may lie line by line as well. float32 is rounded to bfloat16 there. A
+// tile of sums stays in registers for a block of the summed dimension and is then added to the result, so the bits of
+// an element depend on its own row and column alone.
 #include <immintrin.h>
 #include <stdint.h>
 
@@ -68,6 +69,8 @@ void transpose(__m512i (&x)[16]) {
     }
 }
 
+// A panel of up to 16 lines, of which x is the first's first element. Lines that are not there hold another's values,
+// zeros, or what was there; what comes of them is never stored.
 template <class T>
 void pack_columns(const T* x, const Operand& of, int64_t lines, int64_t depth, Pair* out) {
     const T* line[kLines];
@@ -82,6 +85,7 @@ void pack_columns(const T* x, const Operand& of, int64_t lines, int64_t depth, P
     }
 }
 
+// Line by line, which needs no transposing.
 template <class T>
 void pack_rows(const T* x, const Operand& of, int64_t lines, int64_t depth, Pair* out) {
     for (int64_t i = 0; i < lines; ++i, x += of.line_stride, out += kLine)
