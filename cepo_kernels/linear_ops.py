@@ -390,7 +390,8 @@ def _backward_forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, .
         policy, weight, bias, labels, logprobs, entropy, stats, kept, *options = ctx.saved_tensors
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
         last = all(is_last(values) for values in upstream if values is not None)
-        found = (partial(_backward, overwrite=True) if last else linear_grad)(
+        run: Any = partial(_backward, overwrite=True) if last else linear_grad
+        found = run(
             policy, weight, bias, labels, upstream[0], upstream[1] if entropy.numel() else None, logprobs, entropy,
             stats, kept, *options, ctx.ignore_index, needs, ctx.logits_dtype, ctx.backend,
         )  # fmt: skip
