@@ -22,7 +22,7 @@ import cepo_kernels
 from cepo_kernels import backends, linear_products
 
 ROWS, WIDTH, VOCABULARY = 512, 1024, 49_152
-ROUNDS = 3
+ROUNDS = 5
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PRODUCTS = {"forward": 1, "forward+backward": 4, "frozen head": 2, "policy loss": 5}
 

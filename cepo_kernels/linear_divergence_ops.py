@@ -12,6 +12,7 @@ from .divergence_ops import HOW, Call, is_uniform, times_rows
 from .divergence_ops import result_dtype as wider
 from .linear_ops import _chosen, _empty_gradients, _pieces
 from .linear_products import Gradients, Head, Products, result_dtype
+from .loss_ops import is_last, times
 from .rows import DivergenceOutputs
 
 _HEADS = "Tensor student, Tensor teacher, Tensor weight, Tensor? bias, Tensor teacher_weight, Tensor? teacher_bias"
@@ -44,14 +45,16 @@ def _linear_divergence(
     gradients = Gradients(of_student, students, needs)
     flat = values.view(-1)
     scored = torch.ones_like(flat, dtype=torch.bool) if call.weight is None else call.weight != 0
-    for rows in _pieces(_chosen(scored), of_student.rows(2)):
-        logits, part = of_student.logits(students[rows]), flat.new_empty(rows.shape)
-        gradient = logits.unsqueeze(0) if any(needs) else None
-        others = of_teacher.logits(teachers[rows])
+    logits: Tensor | None = None
+    others: Tensor | None = None
+    for rows in _pieces(_chosen(scored), of_student.piece(2)):
+        logits = of_student.logits(students[rows], None if logits is None else logits[: rows.numel()])
+        others = of_teacher.logits(teachers[rows], None if others is None else others[: rows.numel()])
+        part, gradient = flat.new_empty(rows.shape), logits.unsqueeze(0) if any(needs) else None
         call.run(logits.unsqueeze(0), others.unsqueeze(0), rows, DivergenceOutputs(part, gradient))
         flat[rows] = part
         if any(needs):
-            gradients.add(rows, logits, students[rows])
+            gradients.add(rows, logits)
     grad_hidden, grad_weight, grad_bias = gradients.results()
     return values, grad_hidden.view(student.shape) if needs[0] else grad_hidden, grad_weight, grad_bias
 
@@ -77,7 +80,8 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Ten
     found: list[Tensor | None] = [None, None, None]
     if upstream is not None and is_uniform(upstream):
         factor = upstream.sum() if upstream.numel() <= 1 else upstream[(0,) * upstream.ndim]
-        found = [(gradient * factor).to(gradient.dtype) for gradient in gradients]
+        last = is_last(factor)
+        found = [times(gradient, factor, last).to(gradient.dtype) for gradient in gradients]
     elif upstream is not None and not (needs[1] or needs[2]):
         found[0] = times_rows(gradients[0], upstream)
     elif upstream is not None:

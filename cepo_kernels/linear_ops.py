@@ -6,14 +6,15 @@ The contexts of a chunk go through the head in one product; rows that cannot mat
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends, checks, ops
-from .linear_products import Gradients, Head, Products, kept_dtype, result_dtype
-from .loss_ops import backwards_part, kernels_part, loss_buffers, returned, scaled, total
+from .linear_products import Gathered, Gradients, Head, Products, kept_dtype, result_dtype
+from .loss_ops import backwards_part, is_last, kernels_part, loss_buffers, returned, scaled, times, total
 from .rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions, row_values
 
 NOTHING, SLOPES, LOGITS = "nothing", "slopes", "logits"  # what a forward keeps for its backward
@@ -27,7 +28,8 @@ def _chosen(mask: Tensor) -> Tensor:
 
 
 def _pieces(rows: Tensor, size: int) -> tuple[Tensor, ...]:
-    return rows.split(size) if rows.numel() else ()
+    """Of like size; the first is the largest."""
+    return rows.tensor_split(-(-rows.numel() // size)) if rows.numel() else ()
 
 
 class Call:
@@ -52,11 +54,15 @@ class Call:
         if policy.device.type == "cpu" and not self.products.sharded:
             checks.check_label_range(self.labels, head.weight.shape[0], options.ignore_index)
 
-    def chunks(self, chosen: Tensor) -> Iterator[tuple[Tensor, ForwardInputs]]:
-        """Rows and their inputs, logits included."""
+    def chunks(self, chosen: Tensor, keep: bool = False) -> Iterator[tuple[Tensor, ForwardInputs]]:
+        """Rows and their inputs, logits included, whose memory is the next's too; ``keep``: they may be kept."""
         present = [x for x in self.contexts if x is not None]
-        for rows in _pieces(chosen, self.products.rows(len(present))):
-            logits = iter(self.products.logits(torch.cat([x[rows] for x in present])).split(rows.numel()))
+        size = (self.products.rows if keep else self.products.piece)(len(present))
+        room: Tensor | None = None
+        for rows in _pieces(chosen, size):
+            states = torch.cat([x[rows] for x in present])
+            room = self.products.logits(states, None if room is None else room[: states.shape[0]])
+            logits = iter(room.split(rows.numel()))
             views = [None if x is None else next(logits).unsqueeze(0) for x in self.contexts]
             assert views[0] is not None
             yield rows, ForwardInputs(
@@ -107,38 +113,48 @@ def _forward(
     if keep == SLOPES:
         for slopes in kept:
             slopes.zero_()
-    for rows, inputs in call.chunks(_chosen(call.labels != ignore_index)):
+    wanted = [slopes for slopes in kept if keep == SLOPES and slopes.numel()]
+    gathered = [Gathered(call.products, labels.numel()) for _ in wanted]
+    alone = positive is negative is None
+    for rows, inputs in call.chunks(_chosen(call.labels != ignore_index), keep == LOGITS and alone):
         part = call.part(rows.numel())
         call.backend.forward(inputs, part)
         call.scatter(rows, part)
         if keep == SLOPES:
-            _keep_slopes(call, rows, inputs, part, kept)
-        elif keep == LOGITS and rows.numel() == kept[0].shape[0] and inputs.positive is inputs.negative is None:
+            _keep_slopes(call, rows, inputs, part, wanted, gathered)
+        elif keep == LOGITS and rows.numel() == kept[0].shape[0] and alone:
             kept[0] = inputs.policy[0]
         elif keep == LOGITS:
             kept[0][call.labels == ignore_index] = 0.0
             kept[0][rows] = inputs.policy[0]
+    for slopes, rest in zip(wanted, gathered, strict=True):
+        _put_slopes(call.products, slopes, rest.rest())
     if keep == SLOPES and call.products.sharded:
         for slopes in kept:
             call.products.sharded.reduce(slopes)
     return (*outputs, *kept)
 
 
-def _keep_slopes(call: Call, rows: Tensor, inputs: ForwardInputs, part: ForwardOutputs, kept: list[Tensor]) -> None:
+def _keep_slopes(
+    call: Call, rows: Tensor, inputs: ForwardInputs, part: ForwardOutputs, wanted: list[Tensor],
+    gathered: list[Gathered],
+) -> None:  # fmt: skip
     """The gradients of log p and, where asked for, of the entropy in the hidden states; the last takes the logits'
     place."""
     one = torch.ones_like(part.logprobs)
-    wanted = [(slopes, upstream) for slopes, upstream in zip(kept, ((one, None), (None, one)), strict=True)
-              if slopes.numel()]  # fmt: skip
-    for index, (slopes, (grad_logprobs, grad_entropy)) in enumerate(wanted):
-        into = inputs.policy if index == len(wanted) - 1 else torch.empty_like(inputs.policy)
+    for slopes, upstream, ready in zip(wanted, ((one, None), (None, one)), gathered, strict=False):
+        into = inputs.policy if slopes is wanted[-1] else torch.empty_like(inputs.policy)
         call.backend.backward(
             BackwardInputs(
-                into, inputs.policy, inputs.labels, grad_logprobs, grad_entropy, part.logprobs, part.entropy,
-                part.stats, inputs.options,
+                into, inputs.policy, inputs.labels, *upstream, part.logprobs, part.entropy, part.stats, inputs.options
             )
-        )  # fmt: skip
-        slopes[rows] = call.products.hidden_gradient(into[0]).to(slopes.dtype)
+        )
+        _put_slopes(call.products, slopes, ready.add(rows, into[0]))
+
+
+def _put_slopes(products: Products, slopes: Tensor, ready: Iterator[tuple[Tensor, Tensor, bool]]) -> None:
+    for rows, logits_gradient, _ in ready:
+        slopes[rows] = products.hidden_gradient(logits_gradient).to(slopes.dtype)
 
 
 def _stand_ins(
@@ -170,9 +186,10 @@ def _backward(
     policy: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None, logprobs: Tensor, entropy: Tensor, stats: Tensor, kept: Tensor | None,
     temperature: Tensor, logit_scale: Tensor, logit_softcap: Tensor | None, ignore_index: int, needs: list[bool],
-    logits_dtype: torch.dtype | None, backend: str,
+    logits_dtype: torch.dtype | None, backend: str, overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The logits, kept or made again, of the rows whose upstream gradient is not zero, and what follows from theirs."""
+    """The logits, kept or made again, of the rows whose upstream gradient is not zero, and what follows from theirs;
+    ``overwrite``: nobody needs the kept ones as they are."""
     hidden = policy.reshape(-1, policy.shape[-1])
     chosen = backends.choose(backend, policy.device.type, logprobs.dtype)
     products = Products(Head(weight, bias), hidden, logits_dtype, chosen)
@@ -184,11 +201,21 @@ def _backward(
     for values in (g, h):
         if values is not None:
             moved |= values != 0
-    for rows in _pieces(_chosen((flat != ignore_index) & moved), products.rows(1)):
-        if kept is not None and rows.numel() == kept.shape[0]:
-            logits, gradient = kept, torch.empty_like(kept)  # another backward may follow, and needs them as they are
+    taken = _chosen((flat != ignore_index) & moved)
+    whole, first, room = kept is not None and taken.numel() == kept.shape[0], 0, torch.empty(0)
+    at_once = (whole and overwrite) or products.operand == products.result  # no rounding, or no room for more
+    for rows in _pieces(taken, products.rows(1) if at_once else products.piece(1)):
+        if whole and kept is not None:
+            logits = kept[first : first + rows.numel()]
+        if whole and overwrite:
+            gradient = logits
         else:
-            logits = gradient = products.logits(hidden[rows]) if kept is None else kept[rows]
+            gradient = room = room[: rows.numel()] if first else products.empty(rows.numel(), products.result)
+        if kept is None:
+            logits = products.logits(hidden[rows], gradient)
+        elif not whole:
+            logits = torch.index_select(kept, 0, rows, out=gradient)
+        first += rows.numel()
         chosen.backward(
             BackwardInputs(
                 gradient.unsqueeze(0), logits.unsqueeze(0), flat[rows], _of(g, rows), _of(h, rows),
@@ -196,7 +223,7 @@ def _backward(
                 entropy.view(-1)[rows] if entropy.numel() else entropy, stats[rows], _options(options, rows),
             )
         )  # fmt: skip
-        gradients.add(rows, gradient, hidden[rows])
+        gradients.add(rows, gradient)
     grad_hidden, grad_weight, grad_bias = gradients.results()
     return grad_hidden.view(policy.shape) if needs[0] else grad_hidden, grad_weight, grad_bias
 
@@ -246,7 +273,7 @@ def _policy_loss(
                 if moved.numel() < rows.numel():
                     rows, flat = rows[moved], flat[moved]
             if rows.numel():
-                gradients.add(rows, flat, call.policy[rows])
+                gradients.add(rows, flat)
     grad_hidden, grad_weight, grad_bias = gradients.results()
     grad_hidden = grad_hidden.view(policy.shape) if needs[0] else grad_hidden
     loss = total(outputs.losses, denominator)
@@ -362,7 +389,9 @@ def _backward_forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, .
     elif any(values is not None for values in upstream):
         policy, weight, bias, labels, logprobs, entropy, stats, kept, *options = ctx.saved_tensors
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
-        found = linear_grad(
+        last = all(is_last(values) for values in upstream if values is not None)
+        run: Any = partial(_backward, overwrite=True) if last else linear_grad
+        found = run(
             policy, weight, bias, labels, upstream[0], upstream[1] if entropy.numel() else None, logprobs, entropy,
             stats, kept, *options, ctx.ignore_index, needs, ctx.logits_dtype, ctx.backend,
         )  # fmt: skip
@@ -385,9 +414,10 @@ def _backward_loss(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tupl
     _refuse_create_graph(upstream)
     *gradients, denominator = ctx.saved_tensors
     if upstream is not None:
+        last = is_last(upstream)
         upstream = scaled(upstream, backwards_part(ctx.narrowest, denominator))
     hidden, weight, bias = (
-        (gradient * upstream).to(dtype) if wanted and upstream is not None else None
+        times(gradient, upstream, last).to(dtype) if wanted and upstream is not None else None
         for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.needs, strict=True)
     )
     return hidden, None, None, weight, bias, *(None,) * 22

@@ -133,6 +133,17 @@ def rescaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     return gradient
 
 
+def is_last(upstream: Tensor) -> bool:
+    """Whether a backward on the CPU is its graph's last, so that what the graph kept may be changed and given away."""
+    eager = type(upstream) is Tensor and upstream.device.type == "cpu"
+    return eager and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def times(gradient: Tensor, upstream: Tensor, last: bool) -> Tensor:
+    """A kept gradient times what came from above: a head's is large, and a copy of it costs more than it looks."""
+    return rescaled(gradient.detach(), upstream, "cpu") if last else gradient * upstream
+
+
 class Fused(torch.autograd.Function):
     """Outside `torch.compile`: the gradient is kept, once, and given away."""
 

@@ -80,11 +80,12 @@ struct Operand {
     int64_t line_stride = 0, depth_stride = 1;
 };
 
-// out(i, j), at out + i * out_stride + j, is (or grows by) the sum over k of left(i, k) right(j, k).
+// out(i, j), at out + i * out_stride + j, is (or, if float32, grows by) the sum over k of left(i, k) right(j, k).
 struct Product {
     Operand left, right;
     int64_t rows = 0, columns = 0, depth = 0;
-    float* out = nullptr;
+    void* out = nullptr;
+    Dtype out_dtype = Dtype::kFloat32;  // or bfloat16, to which the sums are rounded
     int64_t out_stride = 0;
     bool add = false;
 };
@@ -104,7 +105,7 @@ Kernels avx2_kernels();
 Kernels avx512_kernels();
 #endif
 #ifdef CEPO_AVX512BF16
-constexpr int64_t kMostRows = 448, kMostColumns = 1024;  // of a piece: its left panels take 1 MiB
+constexpr int64_t kMostRows = 512, kMostColumns = 1024;  // of a piece: its left panels take little more than 1 MiB
 // Of rows [top, bottom) and columns [left, right).
 void avx512bf16_product(const Product&, int64_t top, int64_t bottom, int64_t left, int64_t right);
 #endif

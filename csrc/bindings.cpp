@@ -117,13 +117,21 @@ void divergence(const std::string& isa, int threads, int64_t rows, int64_t inner
 #ifdef CEPO_AVX512BF16
 // In pieces, whose number is a multiple of the threads' where they are few; which they are changes no bit.
 void product(int threads, const py::tuple& left, const py::tuple& right, int64_t rows, int64_t columns, int64_t depth,
-             uintptr_t out, int64_t out_stride, bool add) {
-    const cepo::Product p{cepo::operand(left),  cepo::operand(right), rows, columns, depth,
-                          cepo::at<float>(out), out_stride,           add};
+             uintptr_t out, int out_dtype, int64_t out_stride, bool add) {
+    const cepo::Product p{cepo::operand(left),
+                          cepo::operand(right),
+                          rows,
+                          columns,
+                          depth,
+                          cepo::at<void>(out),
+                          static_cast<cepo::Dtype>(out_dtype),
+                          out_stride,
+                          add};
     const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
     py::gil_scoped_release release;
     if (rows <= 0 || columns <= 0) return;
-    if (!add && out_stride == columns) advise_huge_pages(p.out, rows * columns * 4);
+    if (!add && out_stride == columns)
+        advise_huge_pages(p.out, rows * columns * (p.out_dtype == cepo::Dtype::kFloat32 ? 4 : 2));
     const int64_t down = parts(rows, cepo::kMostRows), height = parts(rows, down);
     int64_t across = parts(columns, cepo::kMostColumns);
     if (down * across < 4 * threads) across = parts(parts(down * across, threads) * threads, down);
@@ -163,6 +171,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("policy_loss", &policy_loss);
     m.def("divergence", &divergence);
     m.def("plain_read", &plain_read);
+    m.def("advise_huge_pages", [](uintptr_t data, int64_t bytes) { advise_huge_pages(cepo::at<void>(data), bytes); });
 #ifdef CEPO_AVX512BF16
     m.def("product", &product);
 #endif

@@ -163,9 +163,9 @@ def test_rows_that_cannot_matter_meet_no_product(monkeypatch):
     with monkeypatch.context() as small:
         small.setattr(linear_products, "LOGITS_BYTES", 0)  # chunks of 16 rows: the logits are made again
         linear_token_logprobs(hidden[0], weight, labels).logprobs.backward(advantages)
-    again = [16] * (active // 16) + [active % 16]
+    first, again = ([len(x) for x in torch.arange(n).tensor_split(-(-n // 16))] for n in (scored, active))
     assert [size for name, size in made if name == "add_weight_gradient"] == again
-    assert [size for name, size in made if name == "logits"] == [16] * (scored // 16) + [scored % 16] + again
+    assert [size for name, size in made if name == "logits"] == first + again
     made.clear()
     old = out.logprobs.detach() - advantages.sign()  # every row far beyond the bound that its sign has
     out = linear_contrastive_policy_loss(*hidden, weight, labels, advantages, old)
@@ -394,6 +394,23 @@ def test_kept_logits_serve_several_backwards():
         second = torch.autograd.grad(logprobs, leaves, advantages)
         for a, b in zip(first, second, strict=True):
             oracle.assert_same_bits(a, b)
+
+
+def test_a_kept_graph_keeps_the_gradients_of_its_loss():
+    """A graph's last backward gives them away, scaled where they are; earlier ones must not."""
+    hidden, weight, _, labels, advantages = inputs()
+    leaf = weight.clone().requires_grad_()
+    (want,) = torch.autograd.grad(
+        linear_contrastive_policy_loss(*hidden, leaf, labels, advantages).loss, leaf, torch.tensor(3.0)
+    )
+    loss = linear_contrastive_policy_loss(*hidden, leaf, labels, advantages).loss
+    for _ in range(2):
+        (found,) = torch.autograd.grad(loss, leaf, torch.tensor(3.0), retain_graph=True)
+        oracle.assert_same_bits(found, want)
+        found.zero_()
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    torch.testing.assert_close(leaf.grad, want)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

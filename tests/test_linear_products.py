@@ -8,7 +8,13 @@ import oracle
 import pytest
 import torch
 
-from cepo_kernels import backend_report, linear_divergence, linear_token_logprobs
+from cepo_kernels import (
+    backend_report,
+    linear_contrastive_policy_loss,
+    linear_divergence,
+    linear_products,
+    linear_token_logprobs,
+)
 from cepo_kernels.backends import cpu
 from cepo_kernels.linear_products import Head, Products
 
@@ -90,7 +96,7 @@ def products(dtype, backend=cpu, weight_dtype=None, **options):
     return hidden, weight, Products(Head(weight, None), hidden, options.get("logits_dtype"), backend)
 
 
-@pytest.mark.parametrize("why", ["the processor", "the instruction set", "float16", "two dtypes", "16-bit logits"])
+@pytest.mark.parametrize("why", ["the processor", "the instruction set", "float16", "two dtypes", "logits in float16"])
 def test_everything_else_is_multiplied_as_before(monkeypatch, why):
     dtype, options = torch.bfloat16, {}
     if why == "the processor":
@@ -102,11 +108,57 @@ def test_everything_else_is_multiplied_as_before(monkeypatch, why):
     elif why == "two dtypes":
         options["weight_dtype"] = torch.float32
     else:
-        options["logits_dtype"] = torch.bfloat16
+        options["logits_dtype"] = torch.float16
     hidden, weight, found = products(dtype, **options)
-    operand = torch.bfloat16 if why == "16-bit logits" else torch.float32
+    operand = options.get("logits_dtype", torch.float32)
     assert (found.product, found.operand) == (None, operand)
     oracle.assert_same_bits(found.logits(hidden), torch.mm(hidden.to(operand), weight.to(operand).t()))
+
+
+@native
+@pytest.mark.parametrize("depth", [70, 1100])
+@pytest.mark.parametrize(("rows", "columns"), [(100, 40), (30, 600)])
+def test_a_result_of_sixteen_bits_is_the_other_one_rounded(rows, columns, depth):
+    a, b = oracle.logits_like((rows, depth), 1), oracle.logits_like((columns, depth), 2, torch.bfloat16)
+    wide = torch.full((rows + 1, columns + 3), 7.0, dtype=torch.bfloat16)
+    checked_out = wide[1:, 1 : columns + 1]
+    cpu.product(checked_out, a, b.t(), False)
+    oracle.assert_same_bits(checked_out, checked(a, b.t()).bfloat16())
+    assert (wide[0] == 7.0).all()
+    assert (wide[:, [0, -2, -1]] == 7.0).all()
+
+
+@native
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_pieces_of_a_chunk_change_no_bit(monkeypatch, dtype):
+    """Logits of a few rows at a time, their gradients gathered for the products of the same rows as before."""
+    contexts = [oracle.logits_like((40, 24), seed, torch.bfloat16) for seed in (1, 2, 3)]
+    weight, labels = oracle.logits_like((301, 24), 4, torch.bfloat16, 0.4), oracle.labels_like((40,), 301, 5, 0.2)
+    advantages = oracle.logits_like((40,), 6)
+
+    def run():
+        found = []
+        for frozen in (False, True):
+            leaves = contexts[0].clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+            out = linear_token_logprobs(*leaves, labels, logits_dtype=dtype, return_entropy=True)
+            (out.logprobs * advantages + out.entropy).sum().backward()
+            loss = linear_contrastive_policy_loss(
+                leaves[0], *contexts[1:], leaves[1], labels, advantages, logits_dtype=dtype
+            ).loss
+            loss.backward()
+            found += [out.logprobs, loss, leaves[0].grad] + ([] if frozen else [leaves[1].grad])
+        return found
+
+    whole = run()
+    calls, original = [], cpu.product
+    monkeypatch.setattr(cpu, "product", lambda out, *rest: (calls.append(out.shape), original(out, *rest)))
+    monkeypatch.setattr(linear_products, "CACHE_BYTES", 0)
+    monkeypatch.setattr(linear_products, "PIECE_ROWS", 9)
+    for got, want in zip(run(), whole, strict=True):
+        oracle.assert_same_bits(got, want)
+    of_head = [shape for shape in calls if shape == (301, 24)]
+    assert len(of_head) == 2  # one each for the log-probs and the loss of a trainable head
+    assert sum(columns == 301 and rows <= 9 for rows, columns in calls) > 10
 
 
 @native

@@ -114,17 +114,28 @@ class Variant:
         return _product if self.isa == "avx512" and _cpu.supported("avx512bf16") else None
 
 
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.empty`, in huge pages where the system has them: it is touched first in a quarter of the time."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if _cpu is not None:
+        _cpu.advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
 def _product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     """``out`` (M, N), float32 with contiguous rows, is, or with ``add`` grows by, ``a`` (M, K) times ``b`` (K, N).
 
     These are bfloat16, or float32 to be rounded to it once. Sums are float32, in an order that neither the number of
-    threads nor the other rows and columns change; subnormals count as 0.
+    threads nor the other rows and columns change; subnormals count as 0. Without ``add``, ``out`` may be bfloat16, to
+    which they are then rounded.
     """
     assert _cpu is not None
+    assert out.dtype == torch.float32 or not add
     a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
     sizes = a.shape[0], b.shape[1], a.shape[1]
     left, right = ((x.data_ptr(), native.DTYPES[x.dtype], *x.stride()) for x in (a, b.t()))
-    _cpu.product(torch.get_num_threads(), left, right, *sizes, out.data_ptr(), out.stride(0), add)
+    to = out.data_ptr(), native.DTYPES[out.dtype], out.stride(0)
+    _cpu.product(torch.get_num_threads(), left, right, *sizes, *to, add)
 
 
 def plain_read(data: Tensor, isa: str = "avx2") -> float:
