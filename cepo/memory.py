@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from cepo import adapters
+from cepo import adapters, vision
 from cepo.config import Config
 from cepo.errors import InputError, one_line
 from cepo.parts import load_task
-from cepo.policy import Policy, encode, render, resolve
+from cepo.policy import Policy, resolve, tokens_of
 from cepo.teacher import teacher_context
 from cepo_kernels.linear_products import chunk_rows
 
@@ -49,22 +49,23 @@ class Estimate:
 
 def estimate(config: Config) -> Estimate:
     """Of a run of `config`, from its model's config and its first problems. Raises InputError if they are not there."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig
 
     named = resolve(config.policy.model)
     source = adapters.base_of(named) or named
     options: dict[str, Any] = {} if config.policy.gguf_file is None else {"gguf_file": config.policy.gguf_file}
     try:
         shape = AutoConfig.from_pretrained(source, **options)
-        tokenizer = AutoTokenizer.from_pretrained(named, **options)
+        auto, tokenizer = vision.auto_classes(named, shape, **options)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)  # type: ignore[no-untyped-call]
+            model: Any = auto.from_config(shape, dtype=torch.float32)
     except Exception as error:  # as in `load_policy`
         raise InputError(f"policy.model: cannot load {config.policy.model!r}: {one_line(error)[:300]}") from error
     task, text = load_task(config), shape.get_text_config()
-    policy = Policy(model, tokenizer, (0,), 0, 1 << 30)
+    text_only, sight = vision.separate(tokenizer, model)
+    policy = Policy(model, text_only, (0,), 0, 1 << 30, vision=sight)
     problems = [task.train(i, config.train.seed) for i in range(config.rollout.prompts)]
-    prompt = max(len(encode(policy, render(policy, p.prompt))) for p in problems)
+    prompt = max(len(tokens_of(policy, p.prompt)) for p in problems)
     told = max(len(teacher_context(policy, config.teacher, p, p.answer)) for p in problems)
     response = config.rollout.max_new_tokens or task.max_new_tokens
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from cepo.errors import InputError
-from cepo.policy import Policy, encode, render
+from cepo.policy import Policy, tokens_of
 from cepo.processes import ALONE, Alone
 from cepo.sharding import whole
 from cepo.tasks import Problem
@@ -92,7 +92,7 @@ def sample(
 
 def encode_prompts(policy: Policy, problems: Sequence[Problem], max_new_tokens: int) -> list[list[int]]:
     """Token ids of the rendered prompts. Raises InputError if one leaves no room for `max_new_tokens`."""
-    prompts = [encode(policy, render(policy, problem.prompt)) for problem in problems]
+    prompts = [tokens_of(policy, problem.prompt) for problem in problems]
     for problem, ids in zip(problems, prompts, strict=True):
         if len(ids) + max_new_tokens > policy.context:
             raise InputError(
@@ -156,6 +156,7 @@ def _generate(
         out = policy.model.generate(
             input_ids=ids,
             attention_mask=mask,
+            **policy.images(prompts, width),
             logits_processor=LogitsProcessorList([noise] if noise else []),
             synced_gpus=False,  # weights are whole here, and no process waits for another's longest
         )
@@ -167,8 +168,9 @@ def _own_generation_config(policy: Policy, max_new_tokens: int) -> Iterator[None
     """Put ours in the model's place: `generate` would fill gaps in a passed one from the model's."""
     theirs = policy.model.generation_config
     policy.model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(policy.eos_ids), pad_token_id=policy.pad_id
-    )
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(policy.eos_ids), pad_token_id=policy.pad_id,
+        suppress_tokens=list(policy.vision.places) if policy.vision else None,
+    )  # fmt: skip
     try:
         yield
     finally:

@@ -73,7 +73,7 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
         policy, state = parts.policy, {"advantage": parts.adaptive.state} if parts.adaptive else {}
         state |= parts.self_teacher.state() if parts.self_teacher else {}
         state |= {"weights": sharding.weights(policy.model)}
-        written = (run, step, policy.model, policy.tokenizer, sharding.optimizer_state(optimizer))
+        written = (run, step, policy.model, policy.processor, sharding.optimizer_state(optimizer))
         many.first("checkpoint", lambda: checkpoint.save(*written, config.checkpoint.keep, **state))
         return step
 
