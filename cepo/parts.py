@@ -17,9 +17,10 @@ from cepo import axes, distil, rollout
 from cepo.config import Config
 from cepo.credit import TokenAdvantages
 from cepo.distil import SelfTeacher
+from cepo.engine import Engine
 from cepo.errors import InputError, one_line
 from cepo.layers import checkpoint_layers
-from cepo.policy import Policy, load_policy
+from cepo.policy import Policy, load_policy, resolve
 from cepo.processes import ALONE, Alone
 from cepo.rewards.verifier import verifier
 from cepo.rollout import Rollouts
@@ -53,6 +54,8 @@ class Parts:
     """The module of a loss that distils (`cepo.losses`): there is no advantage and no credit, but a `self_teacher`."""
     self_teacher: SelfTeacher | None = None
     processes: Alone = ALONE
+    engine: Engine | None = None
+    """What generates; None: the policy itself."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -102,6 +105,7 @@ def load_parts(config: Config, model: str | None = None, processes: Alone = ALON
         control=reward.load_control(config) if hasattr(reward, "load_control") else None,
         adaptive=advantage.adaptive(config) if hasattr(advantage, "adaptive") else None,
         processes=processes,
+        engine=_engine(config, policy, model or config.policy.model, processes),
     )
     if not config.loss.distils:
         return parts
@@ -113,6 +117,19 @@ def load_parts(config: Config, model: str | None = None, processes: Alone = ALON
         distillation=loss,
         self_teacher=SelfTeacher(policy.model, config.loss),
     )
+
+
+def _engine(config: Config, policy: Policy, model: str, processes: Alone) -> Engine | None:
+    """What generates, if it is not the policy itself."""
+    if config.rollout.engine == "transformers":
+        return None
+    for refused, where in ((processes.world > 1, "in several processes"), (policy.vision, "for a model with images")):
+        if refused:
+            raise InputError(f"rollout.engine: expected transformers {where}, got {config.rollout.engine!r}")
+    from cepo.vllm_engine import VllmEngine
+
+    dtype, options = config.policy.compute_dtype, config.rollout.engine_options
+    return VllmEngine(resolve(model), policy.model, policy.eos_ids, policy.context, dtype, options)
 
 
 def _check_solution(parts: Parts, problem: Problem, prompt: list[int]) -> None:
@@ -167,6 +184,7 @@ def roll_out(parts: Parts, problems: Sequence[Problem], key: tuple[int, int]) ->
         key=key,
         batch_size=config.batch_size,
         processes=parts.processes,
+        engine=parts.engine,
     )
 
 
