@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/performance.md from the files in benchmarks/results.
+"""Writes the tables of README.md, docs/performance.md and docs/results.md from the files in benchmarks/results.
 
 python benchmarks/readme.py
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from cepo.compare.table import table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -259,6 +262,50 @@ def learning() -> str:
     return "\n".join(lines)
 
 
+# Of cells that ran beside other work; `cost` has better ones.
+TIMES = ("s/step", "active", "credit")
+
+
+def worth(name: str) -> str:
+    """The tables of a comparison of methods, a task each."""
+    path = RESULTS / name / "results.json"
+    if not path.exists():
+        return "**Not yet run.**"
+    summary = json.loads(path.read_text())
+    plan, cells = summary["plan"], summary["cells"]
+    lines = [f"{cells['finished']} of {cells['planned']} cells are finished."]
+    for task, found in summary["tasks"].items():
+        if any(method["seeds"] for method in found["methods"].values()):
+            failed = [check["what"] for check in found["checks"] if not check["held"]]
+            fair = f"FAILED: {'; '.join(failed)}" if failed else f"{len(found['checks'])} checks of fairness held"
+            lines += ["", f"**{task}** ({fair})", "", *table(plan, found, TIMES)]
+    return "\n".join(lines)
+
+
+def cost() -> str:
+    """Seconds of an active step of each method, and of what it has beside GRPO's."""
+    lines = []
+    for model, about in _measured("cost.json").items():
+        machine = about["machine"]
+        lines += [
+            f"**{model}**: {machine['processor']}, {about['threads']} threads, {machine['date']}; medians of "
+            f"{about['rounds']} steps, methods taking turns.",
+            "",
+            "| | seconds of a step | of GRPO's, step by step | in all | teachers, values | credit, divergence |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for row in about["measured"]:
+            phases = row["phases"]
+            told = phases.get("teacher", 0.0) + phases.get("token_advantages", 0.0)
+            kernel = phases.get("credit", 0.0) + phases.get("divergence", 0.0)
+            lines.append(
+                f"| {row['name']} | {row['seconds']:.3f} | {row['ratio']:.2f}x | {row['total_ratio']:.2f}x "
+                f"| {told:.3f} | {kernel:.3f} |"
+            )
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"speed": speed, "gpu": gpu, "learning": learning},
     "docs/performance.md": {
@@ -269,6 +316,14 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "updates": updates,
         "gpu-linear": gpu_linear,
     },
+    "docs/results.md": {
+        "family": partial(worth, "family"),
+        "addition_more": partial(worth, "addition_more"),
+        "siblings": partial(worth, "siblings"),
+        "cepo_knobs": partial(worth, "cepo_knobs"),
+        "smollm2": partial(worth, "smollm2"),
+        "cost": cost,
+    },
 }
 
 
@@ -276,13 +331,13 @@ def main() -> int:
     for page, tables in PAGES.items():
         path = ROOT / page
         text = path.read_text()
-        for name, table in tables.items():
+        for name, made in tables.items():
             begin, end = f"<!-- {name}: benchmarks/readme.py writes this -->", f"<!-- /{name} -->"
             if begin not in text or end not in text:
                 print(f"{page}: expected the markers {begin!r} and {end!r}", file=sys.stderr)
                 return 2
             before, after = text.split(begin)[0], text.split(end)[1]
-            text = f"{before}{begin}\n{table()}\n{end}{after}"
+            text = f"{before}{begin}\n{made()}\n{end}{after}"
         path.write_text(text)
     return 0
 

@@ -286,16 +286,40 @@ def _head(policy: Policy) -> tuple[Tensor, Tensor | None]:
 
 
 def response_states(policy: Policy, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
-    """States that predict every response token given its context: (N, H), a full pass for each of B rollouts.
+    """States that predict every response token given its context: (N, H), a full pass for each distinct rollout.
 
     Contexts are padded on the left and responses on the right, so that responses line up.
     """
-    before = _pad([list(context)[:-1] for context in contexts], policy.pad_id, left=True)
-    within = _pad(_shifted(contexts, responses), policy.pad_id)
-    ids, mask = (torch.cat(pair, dim=1).to(policy.device) for pair in zip(before, within, strict=True))
-    wanted = torch.cat([torch.zeros_like(before[1]), within[1]], dim=1).to(policy.device)
-    images = policy.images(contexts, ids.shape[1])
-    return _states(policy, wanted, ids, mask, {**images, **_positions(policy, mask, ids, images)})
+
+    def run(contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
+        before = _pad([list(context)[:-1] for context in contexts], policy.pad_id, left=True)
+        within = _pad(_shifted(contexts, responses), policy.pad_id)
+        ids, mask = (torch.cat(pair, dim=1).to(policy.device) for pair in zip(before, within, strict=True))
+        wanted = torch.cat([torch.zeros_like(before[1]), within[1]], dim=1).to(policy.device)
+        images = policy.images(contexts, ids.shape[1])
+        return _states(policy, wanted, ids, mask, {**images, **_positions(policy, mask, ids, images)})
+
+    return _once_each(policy, contexts, list(map(vision.identity, contexts)), responses, run)
+
+
+def _once_each(
+    policy: Policy,
+    contexts: Sequence[Any],
+    keys: Sequence[Any],
+    responses: Sequence[Sequence[int]],
+    run: Callable[..., Tensor],
+) -> Tensor:
+    """`run(contexts, responses)`, in which equal rollouts, of which groups of short answers are full, share a row.
+
+    keys: equal for equal contexts.
+    """
+    pairs = list(zip(keys, map(tuple, responses), strict=True))
+    distinct = dict(zip(pairs, zip(contexts, responses, strict=True), strict=True))
+    if len(distinct) == len(pairs) or not policy.split_head:  # rows of logits are too large to have twice
+        return run(contexts, responses)
+    states = run(*zip(*distinct.values(), strict=True))
+    pieces = dict(zip(distinct, states.split([len(response) for _, response in distinct]), strict=True))
+    return torch.cat([pieces[pair] for pair in pairs])
 
 
 @dataclass(frozen=True)
@@ -348,22 +372,26 @@ def continued_states(
 
     lengths: response b follows the first lengths[b] tokens of its prefix; the prefixes must be `divisible`.
     """
-    contexts = [prefixes.ids[k] for k in index]
-    rows = torch.tensor(index, device=policy.device)
-    before = prefixes.mask[rows]
-    if lengths is not None:
-        contexts = [context[:n] for context, n in zip(contexts, lengths, strict=True)]
-        before = before & (before.cumsum(1) < torch.tensor(lengths, device=policy.device)[:, None])
-    ids, wanted = (part.to(policy.device) for part in _pad(_shifted(contexts, responses), policy.pad_id))
-    cache = copy.deepcopy(prefixes.cache)
-    cache.batch_select_indices(rows)
-    mask = torch.cat([before, wanted], dim=1)
-    positions = {name: value[:, -ids.shape[1] :] for name, value in _positions(policy, mask).items()}
-    if prefixes.after is not None:  # text alone follows a prefix, and what of it is cut off
-        cut = torch.tensor([len(prefixes.ids[k]) - len(c) for k, c in zip(index, contexts, strict=True)])
-        first = (prefixes.after[rows] - cut.to(policy.device))[:, None]
-        positions["position_ids"] = (first + torch.arange(ids.shape[1], device=policy.device)).expand(3, -1, -1)
-    return _states(policy, wanted, ids, mask, positions, cache)
+    lengths = [len(prefixes.ids[k]) for k in index] if lengths is None else lengths
+
+    def run(chosen: Sequence[tuple[int, int]], responses: Sequence[Sequence[int]]) -> Tensor:
+        contexts = [prefixes.ids[k][:n] for k, n in chosen]
+        rows, lengths = torch.tensor(chosen, device=policy.device).unbind(1)
+        before = prefixes.mask[rows]
+        before = before & (before.cumsum(1) < lengths[:, None])
+        ids, wanted = (part.to(policy.device) for part in _pad(_shifted(contexts, responses), policy.pad_id))
+        cache = copy.deepcopy(prefixes.cache)
+        cache.batch_select_indices(rows)
+        mask = torch.cat([before, wanted], dim=1)
+        positions = {name: value[:, -ids.shape[1] :] for name, value in _positions(policy, mask).items()}
+        if prefixes.after is not None:  # text alone follows a prefix, and what of it is cut off
+            whole = torch.tensor([len(prefixes.ids[k]) for k, _ in chosen], device=policy.device)
+            first = (prefixes.after[rows] - whole + lengths)[:, None]
+            positions["position_ids"] = (first + torch.arange(ids.shape[1], device=policy.device)).expand(3, -1, -1)
+        return _states(policy, wanted, ids, mask, positions, cache)
+
+    places = list(zip(index, lengths, strict=True))
+    return _once_each(policy, places, places, responses, run)
 
 
 def _shifted(contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -104,8 +105,12 @@ def build(
     known: dict[tuple[Any, ...], int] = {}
     wrong = shared = last_lines = missing = same = 0
 
+    @cache
+    def context(p: int, answer: str) -> list[int]:
+        return teacher_context(policy, config, rollouts.problems[p], answer)
+
     def index(p: int, answer: str) -> int:
-        ids = teacher_context(policy, config, rollouts.problems[p], answer)
+        ids = context(p, answer)
         if (key := identity(ids)) not in known:
             known[key] = len(teachers.prefixes)
             teachers.prefixes.append(ids)
@@ -125,8 +130,7 @@ def build(
         )
         if chosen is None:
             return None
-        ids = teacher_context(policy, config, rollouts.problems[p], chosen.answer)
-        return chosen if len(ids) + longest <= policy.context else None
+        return chosen if len(context(p, chosen.answer)) + longest <= policy.context else None
 
     for p, problem in enumerate(rollouts.problems):
         members = range(p * rollouts.group_size, (p + 1) * rollouts.group_size)

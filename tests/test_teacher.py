@@ -126,6 +126,28 @@ def test_a_one_token_prefix_needs_no_prefill(policy: Policy) -> None:
     assert torch.allclose(shared, response_states(policy, contexts, responses), atol=1e-5)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_equal_rollouts_go_through_the_model_once(policy: Policy, shared: bool) -> None:
+    contexts, index = [[7, 5], [9], [7, 5]], [0, 1, 0, 0, 1, 2]
+    responses = [[10, 11, 1], [10, 11, 1], [10, 11, 1], [12, 1], [10, 11, 1], [12, 1]]
+    prefixes, seen = prefill(policy, contexts), []
+
+    def states(some: list[int]) -> torch.Tensor:
+        told = [responses[b] for b in some]
+        if shared:
+            return continued_states(policy, prefixes, [index[b] for b in some], told)
+        return response_states(policy, [contexts[index[b]] for b in some], told)
+
+    def watch(module: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        seen.append(kwargs["input_ids"].shape[0])
+
+    hook = policy.model.base_model.register_forward_pre_hook(watch, with_kwargs=True)
+    together = states(list(range(6)))
+    hook.remove()
+    assert seen == [4 if shared else 3]  # a prefix that is there twice is two
+    assert torch.allclose(together, torch.cat([states([b]) for b in range(6)]), atol=1e-5)
+
+
 def test_equal_contexts_are_counted_and_give_no_evidence(policy: Policy) -> None:
     class Blind(Sums):
         def accepts(self, answer: str, problem: Problem) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def markdown(summary: Record) -> str:
     plan, cells = summary["plan"], summary["cells"]
     lines = [f"# {plan['name']}", "", *_preamble(plan)]
     for task, found in summary["tasks"].items():
-        lines += ["", f"## {task}", "", *_table(plan, found), "", *_notes(plan, found), *_checks(found["checks"])]
+        lines += ["", f"## {task}", "", *table(plan, found), "", *_notes(plan, found), *_checks(found["checks"])]
     lines += ["", "## Cells", "", f"{cells['finished']} of {cells['planned']} are finished."]
     lines += [f"- {name} failed: {error}" for name, error in cells["failed"].items()]
     lines += [f"- {name} took {seconds:.0f} s, more than the {plan['cell_seconds']:g} s of the plan"
@@ -52,11 +53,13 @@ def _preamble(plan: Record) -> list[str]:
     ]
 
 
-def _table(plan: Record, task: Record) -> list[str]:
+def table(plan: Record, task: Record, without: Sequence[str] = ()) -> list[str]:
+    """A line for each method of a task, and one for the untrained model; but for the columns `without`."""
     tuned = bool(plan["rates"])
     heads = ["method", "sampled", "greedy", f"pass@{plan['pass_at']['k']}", f"vs {plan['reference']}", "p (Holm)",
              "verdict", "detectable", "area", "s/step", "active", "credit", "lr", *(["tried"] if tuned else []),
              "supervision"]  # fmt: skip
+    shown = [head for head in heads if head not in without]
     rows = []
     if base := task["base"]:
         row = {"method": "base", "sampled": _number(base["sampled"]), "greedy": _number(base["greedy"]),
@@ -85,7 +88,7 @@ def _table(plan: Record, task: Record) -> list[str]:
                 both = (100 * difference["detectable"], 100 * difference["detectable_holm"])
                 row["detectable"] = "{:.1f} ({:.1f})".format(*both)
         rows.append(row)
-    cells = [heads, ["---", *["---:"] * (len(heads) - 1)], *([row.get(head, "") for head in heads] for row in rows)]
+    cells = [shown, ["---", *["---:"] * (len(shown) - 1)], *([row.get(head, "") for head in shown] for row in rows)]
     return ["| " + " | ".join(row) + " |" for row in cells]
 
 
