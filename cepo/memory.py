@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from cepo import adapters, vision
+from cepo import adapters
 from cepo.config import Config
 from cepo.errors import InputError, one_line
 from cepo.parts import load_task
 from cepo.policy import Policy, resolve, tokens_of
 from cepo.teacher import teacher_context
+from cepo.vision import auto_classes, separate
 from cepo_kernels.linear_products import chunk_rows
 
 MIB = 1 << 20
@@ -56,13 +57,13 @@ def estimate(config: Config) -> Estimate:
     options: dict[str, Any] = {} if config.policy.gguf_file is None else {"gguf_file": config.policy.gguf_file}
     try:
         shape = AutoConfig.from_pretrained(source, **options)
-        auto, tokenizer = vision.auto_classes(named, shape, **options)
+        auto, tokenizer = auto_classes(named, shape, **options)
         with torch.device("meta"):
             model: Any = auto.from_config(shape, dtype=torch.float32)
     except Exception as error:  # as in `load_policy`
         raise InputError(f"policy.model: cannot load {config.policy.model!r}: {one_line(error)[:300]}") from error
     task, text = load_task(config), shape.get_text_config()
-    text_only, sight = vision.separate(tokenizer, model)
+    text_only, sight = separate(tokenizer, model)
     policy = Policy(model, text_only, (0,), 0, 1 << 30, vision=sight)
     problems = [task.train(i, config.train.seed) for i in range(config.rollout.prompts)]
     prompt = max(len(tokens_of(policy, p.prompt)) for p in problems)

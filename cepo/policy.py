@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cepo import adapters, checkpoint, vision
+from cepo import adapters, checkpoint
 from cepo.assets import EMBEDDED_MODEL, embedded_model
 from cepo.config import PolicyConfig
 from cepo.errors import InputError, one_line
 from cepo.prompts import Prompt, content_of, images_of, in_parts, text_of
+from cepo.vision import Vision, auto_classes, identity, image_positions, separate
 from cepo_kernels import (
     ContrastiveLogprobs,
     PolicyLoss,
@@ -58,7 +59,7 @@ class Policy:
     """Whether logits are head(base model), so that the head can be left to the kernels."""
     logit_options: dict[str, Any] = field(default_factory=dict)
     """`logit_scale` and `logit_softcap` for the kernels, where the head alone leaves them out."""
-    vision: vision.Vision | None = None
+    vision: Vision | None = None
     """How images come into its prompts; None: not at all."""
 
     @property
@@ -93,7 +94,7 @@ def load_policy(config: PolicyConfig) -> Policy:
     options: dict[str, Any] = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
     try:
         shape = AutoConfig.from_pretrained(source, **options)  # the cheapest way to learn that there is nothing to load
-        auto, tokenizer = vision.auto_classes(named, shape, **options)
+        auto, tokenizer = auto_classes(named, shape, **options)
         # Wrong shapes and missing weights are told below, in one line in place of their table.
         options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
         verbosity = transformers_logging.get_verbosity()
@@ -145,7 +146,7 @@ def make_policy(model: Any, tokenizer: Any, compute_dtype: torch.dtype = torch.f
     Raises InputError if no end-of-sequence token is known.
     """
     model.eval()
-    tokenizer, sight = vision.separate(tokenizer, model)
+    tokenizer, sight = separate(tokenizer, model)
     eos = getattr(model.generation_config, "eos_token_id", None)
     eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos_ids:
@@ -299,7 +300,7 @@ def response_states(policy: Policy, contexts: Sequence[Sequence[int]], responses
         images = policy.images(contexts, ids.shape[1])
         return _states(policy, wanted, ids, mask, {**images, **_positions(policy, mask, ids, images)})
 
-    return _once_each(policy, contexts, list(map(vision.identity, contexts)), responses, run)
+    return _once_each(policy, contexts, list(map(identity, contexts)), responses, run)
 
 
 def _once_each(
@@ -414,7 +415,7 @@ def _positions(
     """Positions that count real tokens only, for models that take them; with images as the model counts those."""
     if "position_ids" not in inspect.signature(policy.model.forward).parameters:
         return {}
-    if ids is not None and images and (found := vision.positions(policy.model, ids, mask, images)) is not None:
+    if ids is not None and images and (found := image_positions(policy.model, ids, mask, images)) is not None:
         return {"position_ids": found}
     return {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
 

@@ -120,7 +120,7 @@ def separate(tokenizer: Any, model: Any) -> tuple[Any, Vision | None]:
     return tokenizer.tokenizer, Vision(tokenizer, takes, tuple(sorted({i for i in places if i is not None})))
 
 
-def positions(model: Any, ids: Tensor, mask: Tensor, images: dict[str, Tensor]) -> Tensor | None:
+def image_positions(model: Any, ids: Tensor, mask: Tensor, images: dict[str, Tensor]) -> Tensor | None:
     """Positions in text, height and width (3, B, T) of a model that counts them so; None for any other."""
     index = getattr(model.base_model, "get_rope_index", None)
     if index is None or not images:
