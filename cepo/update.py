@@ -325,7 +325,8 @@ def distillation_loss(
                 labels = labels_of(batch, rows, states.device)
                 own = token_op(policy)(states, labels, return_entropy=behaviour is None, **kernel_options(parts))
             ratio = None if behaviour is None else (own.logprobs - behaviour.logprobs).exp()
-        weights = loss_weights(parts, batch, rows, lambda: (behaviour or own).logprobs).to(states.device)
+        sampled: Any = behaviour or own
+        weights = loss_weights(parts, batch, rows, lambda: sampled.logprobs).to(states.device)
         shares, clipped = axes.lookup("losses", config.loss.name)(
             states, told, weights, ratio, op=divergence_op(policy, teacher), **options, **kernel_options(parts)
         )

@@ -147,7 +147,7 @@ def auto_classes(source: str, shape: Any, **options: Any) -> tuple[Any, Any]:
     reads = type(shape) in MODEL_FOR_CAUSAL_LM_MAPPING
     if type(shape) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         try:
-            processor = AutoProcessor.from_pretrained(source, **options)
+            processor = AutoProcessor.from_pretrained(source, **options)  # type: ignore[no-untyped-call]
             if hasattr(processor, "image_processor") or not reads:
                 return AutoModelForImageTextToText, processor
         except Exception as error:  # of as many kinds as there are processors

@@ -197,6 +197,7 @@ def _in_conversation(prompt: Any, images: bool) -> str:
     """What is wrong with a list of messages, "" if nothing. Only with images a content may be a list of parts."""
     if not isinstance(prompt, list) or not prompt:
         return f", got {prompt!r:.80}"
+    said: Any = None
     for message in prompt:
         content = message.get("content") if isinstance(message, Mapping) else None
         said = _said(content) if images else content
@@ -207,8 +208,8 @@ def _in_conversation(prompt: Any, images: bool) -> str:
     return ""
 
 
-def _said(content: Any) -> str | None:
-    """The text of a message's content, or None if it is none: a text, or a list of texts and places of images."""
+def _said(content: Any) -> Any:
+    """The text of a message's content, itself a text or a list of texts and places of images; else it or None."""
     if not isinstance(content, list):
         return content
     texts = []
