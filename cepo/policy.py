@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -292,35 +292,32 @@ def response_states(policy: Policy, contexts: Sequence[Sequence[int]], responses
     Contexts are padded on the left and responses on the right, so that responses line up.
     """
 
-    def run(contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
-        before = _pad([list(context)[:-1] for context in contexts], policy.pad_id, left=True)
-        within = _pad(_shifted(contexts, responses), policy.pad_id)
+    def run(rows: Sequence[int]) -> Tensor:
+        told, replies = [contexts[b] for b in rows], [responses[b] for b in rows]
+        before = _pad([list(context)[:-1] for context in told], policy.pad_id, left=True)
+        within = _pad(_shifted(told, replies), policy.pad_id)
         ids, mask = (torch.cat(pair, dim=1).to(policy.device) for pair in zip(before, within, strict=True))
         wanted = torch.cat([torch.zeros_like(before[1]), within[1]], dim=1).to(policy.device)
-        images = policy.images(contexts, ids.shape[1])
+        images = policy.images(told, ids.shape[1])
         return _states(policy, wanted, ids, mask, {**images, **_positions(policy, mask, ids, images)})
 
-    return _once_each(policy, contexts, list(map(identity, contexts)), responses, run)
+    return _once_each(policy, list(map(identity, contexts)), responses, run)
 
 
 def _once_each(
-    policy: Policy,
-    contexts: Sequence[Any],
-    keys: Sequence[Any],
-    responses: Sequence[Sequence[int]],
-    run: Callable[..., Tensor],
+    policy: Policy, contexts: Sequence[Hashable], responses: Sequence[Sequence[int]], run: Callable[..., Tensor]
 ) -> Tensor:
-    """`run(contexts, responses)`, in which equal rollouts, of which groups of short answers are full, share a row.
+    """`run(rows)` of all, in which equal rollouts, of which groups of short answers are full, share a row.
 
-    keys: equal for equal contexts.
+    contexts: whatever tells them apart.
     """
-    pairs = list(zip(keys, map(tuple, responses), strict=True))
-    distinct = dict(zip(pairs, zip(contexts, responses, strict=True), strict=True))
-    if len(distinct) == len(pairs) or not policy.split_head:  # rows of logits are too large to have twice
-        return run(contexts, responses)
-    states = run(*zip(*distinct.values(), strict=True))
-    pieces = dict(zip(distinct, states.split([len(response) for _, response in distinct]), strict=True))
-    return torch.cat([pieces[pair] for pair in pairs])
+    pairs = list(zip(contexts, map(tuple, responses), strict=True))
+    first = {pair: row for row, pair in reversed(list(enumerate(pairs)))}
+    rows = sorted(first.values())
+    if len(rows) == len(pairs) or not policy.split_head:  # rows of logits are too large to have twice
+        return run(range(len(pairs)))
+    pieces = dict(zip(rows, run(rows).split([len(responses[b]) for b in rows]), strict=True))
+    return torch.cat([pieces[first[pair]] for pair in pairs])
 
 
 @dataclass(frozen=True)
@@ -374,25 +371,26 @@ def continued_states(
     lengths: response b follows the first lengths[b] tokens of its prefix; the prefixes must be `divisible`.
     """
     lengths = [len(prefixes.ids[k]) for k in index] if lengths is None else lengths
+    places = list(zip(index, lengths, strict=True))
 
-    def run(chosen: Sequence[tuple[int, int]], responses: Sequence[Sequence[int]]) -> Tensor:
+    def run(rows: Sequence[int]) -> Tensor:
+        chosen, replies = [places[b] for b in rows], [responses[b] for b in rows]
         contexts = [prefixes.ids[k][:n] for k, n in chosen]
-        rows, lengths = torch.tensor(chosen, device=policy.device).unbind(1)
-        before = prefixes.mask[rows]
+        which, lengths = torch.tensor(chosen, device=policy.device).unbind(1)
+        before = prefixes.mask[which]
         before = before & (before.cumsum(1) < lengths[:, None])
-        ids, wanted = (part.to(policy.device) for part in _pad(_shifted(contexts, responses), policy.pad_id))
+        ids, wanted = (part.to(policy.device) for part in _pad(_shifted(contexts, replies), policy.pad_id))
         cache = copy.deepcopy(prefixes.cache)
-        cache.batch_select_indices(rows)
+        cache.batch_select_indices(which)
         mask = torch.cat([before, wanted], dim=1)
         positions = {name: value[:, -ids.shape[1] :] for name, value in _positions(policy, mask).items()}
         if prefixes.after is not None:  # text alone follows a prefix, and what of it is cut off
             whole = torch.tensor([len(prefixes.ids[k]) for k, _ in chosen], device=policy.device)
-            first = (prefixes.after[rows] - whole + lengths)[:, None]
+            first = (prefixes.after[which] - whole + lengths)[:, None]
             positions["position_ids"] = (first + torch.arange(ids.shape[1], device=policy.device)).expand(3, -1, -1)
         return _states(policy, wanted, ids, mask, positions, cache)
 
-    places = list(zip(index, lengths, strict=True))
-    return _once_each(policy, places, places, responses, run)
+    return _once_each(policy, places, responses, run)
 
 
 def _shifted(contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[int]]:
