@@ -129,7 +129,7 @@ def _engine(config: Config, policy: Policy, model: str, processes: Alone) -> Eng
     from cepo.vllm_engine import VllmEngine
 
     dtype, options = config.policy.compute_dtype, config.rollout.engine_options
-    return VllmEngine(resolve(model), policy.model, policy.eos_ids, policy.context, dtype, options)
+    return VllmEngine(resolve(model), policy.model, policy.eos_ids, dtype, options)
 
 
 def _check_solution(parts: Parts, problem: Problem, prompt: list[int]) -> None:

@@ -25,12 +25,12 @@ def content_of(message: Message) -> str:
     content = message["content"]
     if not isinstance(content, list | tuple):
         return str(content)
-    return "".join(part["text"] if part["type"] == "text" else f"<image {digest(part['image'])}>" for part in content)
+    return "".join(_said(part) for part in content)
 
 
 def images_of(prompt: Prompt) -> list[Any]:
     """Its images, in their order."""
-    return [] if isinstance(prompt, str) else [part["image"] for part in _images(prompt)]
+    return [] if isinstance(prompt, str) else [part.get("image") for part in _images(prompt)]
 
 
 def with_images(prompt: Prompt, images: Sequence[Any]) -> list[Message]:
@@ -63,6 +63,13 @@ def in_parts(turns: Sequence[Message]) -> list[dict[str, Any]]:
         {**m, "content": [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]}
         for m in turns
     ]
+
+
+def _said(part: Mapping[str, Any]) -> str:
+    if part["type"] == "text":
+        return str(part["text"])
+    image = part.get("image")
+    return f"<{part['type']}>" if image is None else f"<image {digest(image)}>"
 
 
 def _images(prompt: Sequence[Message]) -> Iterator[Mapping[str, Any]]:

@@ -44,14 +44,11 @@ class VllmEngine:
         source: directory or name of the model: its config, and weights to begin with.
         model: whose weights it is to have.
         eos_ids: tokens that end a response.
-        context: longest sequence, in tokens.
         dtype: "bfloat16" or "float32".
         options: of `vllm.LLM`, on top of ours; with enable_sleep_mode it frees its memory whenever it is done.
     """
 
-    def __init__(
-        self, source: str, model: Any, eos_ids: Sequence[int], context: int, dtype: str, options: dict[str, Any]
-    ) -> None:
+    def __init__(self, source: str, model: Any, eos_ids: Sequence[int], dtype: str, options: dict[str, Any]) -> None:
         try:
             import vllm
         except ImportError as error:
@@ -61,7 +58,6 @@ class VllmEngine:
         self._sleeps, self._asleep = bool(options.get("enable_sleep_mode")), False
         ours = {
             "dtype": dtype,
-            "max_model_len": context,
             "skip_tokenizer_init": True,
             "logprobs_mode": "processed_logprobs",  # of what is sampled from, temperature and all
             "worker_extension_cls": f"{__name__}.{WorkerExtension.__name__}",

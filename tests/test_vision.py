@@ -239,6 +239,9 @@ def test_what_reads_no_images_says_so(policy: Policy, monkeypatch: pytest.Monkey
     untold = make_policy(policy.model, policy.tokenizer)
     with pytest.raises(InputError, match="expected a model that takes images"):
         tokens_of(untold, mixed()[0].prompt)
+    place = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    with pytest.raises(InputError, match=r"expected a model that takes images .* 'user: <image>\?'"):
+        tokens_of(blind, place)
     judged = cross_model_entropy(policy)
     with pytest.raises(InputError, match="cross_model_entropy reads no images"):
         judged([mixed()[0].prompt], ["#7"])
