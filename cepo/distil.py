@@ -22,11 +22,12 @@ from torch import Tensor
 from cepo import adapters, checkpoint
 from cepo.config import LossConfig, TeacherConfig
 from cepo.errors import InputError
-from cepo.policy import Policy, continued_states, encode, prefill, render, response_states
+from cepo.policy import Policy, continued_states, prefill, response_states, tokens_of
 from cepo.prompts import hinted
 from cepo.rollout import Rollouts
 from cepo.sharding import local, weights
 from cepo.tasks import Problem, Task
+from cepo.vision import identity
 
 
 class SelfTeacher:
@@ -147,10 +148,11 @@ def told_states(
     """
     if not share_prefix:
         return response_states(teacher, contexts, responses)
-    distinct = {ids: k for k, ids in enumerate(dict.fromkeys(map(tuple, contexts)))}
-    index = [distinct[tuple(ids)] for ids in contexts]
-    return continued_states(teacher, prefill(teacher, list(distinct)), index, responses)
+    distinct = {identity(ids): ids for ids in contexts}
+    places = {key: k for k, key in enumerate(distinct)}
+    index = [places[identity(ids)] for ids in contexts]
+    return continued_states(teacher, prefill(teacher, list(distinct.values())), index, responses)
 
 
 def _context(policy: Policy, hint: str, problem: Problem, **texts: str) -> list[int]:
-    return encode(policy, render(policy, hinted(hint, problem.prompt, **texts)))
+    return tokens_of(policy, hinted(hint, problem.prompt, **texts))

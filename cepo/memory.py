@@ -3,9 +3,10 @@
 A closed form over the config of the model, for decoders of the Llama kind (RMS norms, gated MLP, attention that keeps
 no S x S weights), every rollout at full length. Weights, gradients and AdamW's two moments are float32. Of a layer the
 backward keeps, per token: of each norm its input, the normalised and the scaled; queries, keys and values after the
-rotation, and before it if they are normed; the attention's output twice; four vectors of the MLP. The two halves of a
-step, rollouts and update, do not overlap; the peak is that of the larger. What stays is exact; activations, and so the
-peak, have not been held against measured ones yet.
+rotation, and before it if they are normed; the attention's output twice; four vectors of the MLP; under autocast also
+what each product and norm has cast for itself. A backward begins with three more vectors of an MLP. The two halves of a
+step, rollouts and update, do not overlap; the peak is that of the larger. What stays is exact; `benchmarks/dry_run.py`
+holds the peak against measured ones.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from cepo import adapters
 from cepo.config import Config
 from cepo.errors import InputError, one_line
 from cepo.parts import load_task
-from cepo.policy import Policy, encode, render, resolve
+from cepo.policy import Policy, resolve, tokens_of
 from cepo.teacher import teacher_context
+from cepo.vision import auto_classes, separate
 from cepo_kernels.linear_products import chunk_rows
 
 MIB = 1 << 20
@@ -48,22 +50,23 @@ class Estimate:
 
 def estimate(config: Config) -> Estimate:
     """Of a run of `config`, from its model's config and its first problems. Raises InputError if they are not there."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig
 
     named = resolve(config.policy.model)
     source = adapters.base_of(named) or named
     options: dict[str, Any] = {} if config.policy.gguf_file is None else {"gguf_file": config.policy.gguf_file}
     try:
         shape = AutoConfig.from_pretrained(source, **options)
-        tokenizer = AutoTokenizer.from_pretrained(named, **options)
+        auto, tokenizer = auto_classes(named, shape, **options)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)  # type: ignore[no-untyped-call]
+            model: Any = auto.from_config(shape, dtype=torch.float32)
     except Exception as error:  # as in `load_policy`
         raise InputError(f"policy.model: cannot load {config.policy.model!r}: {one_line(error)[:300]}") from error
     task, text = load_task(config), shape.get_text_config()
-    policy = Policy(model, tokenizer, (0,), 0, 1 << 30)
+    text_only, sight = separate(tokenizer, model)
+    policy = Policy(model, text_only, (0,), 0, 1 << 30, vision=sight)
     problems = [task.train(i, config.train.seed) for i in range(config.rollout.prompts)]
-    prompt = max(len(encode(policy, render(policy, p.prompt))) for p in problems)
+    prompt = max(len(tokens_of(policy, p.prompt)) for p in problems)
     told = max(len(teacher_context(policy, config.teacher, p, p.answer)) for p in problems)
     response = config.rollout.max_new_tokens or task.max_new_tokens
 
@@ -84,6 +87,12 @@ def estimate(config: Config) -> Estimate:
     tokens = rows * (prompt + response)
     normed = 2 * (queries + keys) if any(name.endswith("q_norm") for name, _ in model.named_modules()) else 0
     layer = 4 * 6 * hidden + size * (normed + 4 * queries + 3 * keys + 4 * _inner(text))
+    if size == 2:  # the inputs of five products, and norms in float32
+        layer += 2 * 5 * hidden + normed
+    kept = layers * layer
+    if config.train.gradient_checkpointing:
+        kept = layers * 4 * hidden + layer
+    backward = size * 3 * _inner(text) + 4 * 2 * hidden
     contexts = 1 if config.loss.distils else 3
     logits = min(rows * response, chunk_rows(contexts, vocabulary, torch.float32)) * contexts * vocabulary * 4
     head = 0 if config.policy.lora else 2 * vocabulary * hidden * 4  # its gradient, and the copy that is added to
@@ -95,7 +104,7 @@ def estimate(config: Config) -> Estimate:
         "rollout KV cache": at_once * (prompt + response) * cached * (layers + 1),
         "sampling": at_once * vocabulary * SAMPLING_BYTES,
         "teachers' KV cache": rows * (told + response) * cached * (layers + 1),
-        "activations": layers * (tokens * layer + rows * (prompt + response) ** 2 * 4),
+        "activations": tokens * (kept + backward) + layers * rows * (prompt + response) ** 2 * 4,
         "kernels' chunks": logits + head + (contexts + 1) * rows * response * hidden * 4,
     }
     held = memory["gradients"]

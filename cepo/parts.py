@@ -17,9 +17,10 @@ from cepo import axes, distil, rollout
 from cepo.config import Config
 from cepo.credit import TokenAdvantages
 from cepo.distil import SelfTeacher
+from cepo.engine import Engine
 from cepo.errors import InputError, one_line
 from cepo.layers import checkpoint_layers
-from cepo.policy import Policy, load_policy
+from cepo.policy import Policy, load_policy, resolve
 from cepo.processes import ALONE, Alone
 from cepo.rewards.verifier import verifier
 from cepo.rollout import Rollouts
@@ -53,6 +54,8 @@ class Parts:
     """The module of a loss that distils (`cepo.losses`): there is no advantage and no credit, but a `self_teacher`."""
     self_teacher: SelfTeacher | None = None
     processes: Alone = ALONE
+    engine: Engine | None = None
+    """What generates; None: the policy itself."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -75,6 +78,8 @@ def load_parts(config: Config, model: str | None = None, processes: Alone = ALON
     """Look up and load all that `config` names, for one of `processes`; `model` in place of its own if given."""
     task = load_task(config)
     policy = load_policy(config.policy if model is None else replace(config.policy, model=model, gguf_file=None))
+    if processes.sharded and policy.vision:
+        raise InputError("processes.shard: expected false for a model with images, got true")
     if config.train.gradient_checkpointing:
         checkpoint_layers(policy.model)
     _check_backend(config.backend, policy)
@@ -100,6 +105,7 @@ def load_parts(config: Config, model: str | None = None, processes: Alone = ALON
         control=reward.load_control(config) if hasattr(reward, "load_control") else None,
         adaptive=advantage.adaptive(config) if hasattr(advantage, "adaptive") else None,
         processes=processes,
+        engine=_engine(config, policy, model or config.policy.model, processes),
     )
     if not config.loss.distils:
         return parts
@@ -111,6 +117,19 @@ def load_parts(config: Config, model: str | None = None, processes: Alone = ALON
         distillation=loss,
         self_teacher=SelfTeacher(policy.model, config.loss),
     )
+
+
+def _engine(config: Config, policy: Policy, model: str, processes: Alone) -> Engine | None:
+    """What generates, if it is not the policy itself."""
+    if config.rollout.engine == "transformers":
+        return None
+    for refused, where in ((processes.world > 1, "in several processes"), (policy.vision, "for a model with images")):
+        if refused:
+            raise InputError(f"rollout.engine: expected transformers {where}, got {config.rollout.engine!r}")
+    from cepo.vllm_engine import VllmEngine
+
+    dtype, options = config.policy.compute_dtype, config.rollout.engine_options
+    return VllmEngine(resolve(model), policy.model, policy.eos_ids, dtype, options)
 
 
 def _check_solution(parts: Parts, problem: Problem, prompt: list[int]) -> None:
@@ -165,6 +184,7 @@ def roll_out(parts: Parts, problems: Sequence[Problem], key: tuple[int, int]) ->
         key=key,
         batch_size=config.batch_size,
         processes=parts.processes,
+        engine=parts.engine,
     )
 
 

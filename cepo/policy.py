@@ -1,4 +1,4 @@
-"""The policy: a causal language model, its tokenizer, and the way from token ids to logits of response tokens.
+"""The policy: a language model, its tokenizer or processor, and the way from token ids to logits of response tokens.
 
 Only response rows are kept, packed: (N, H) hidden states for the N response tokens of a batch, rollout after rollout,
 which `cepo_kernels` takes through the head a few rows at a time. A model whose head cannot be told apart gives (N, V)
@@ -24,7 +24,8 @@ from cepo import adapters, checkpoint
 from cepo.assets import EMBEDDED_MODEL, embedded_model
 from cepo.config import PolicyConfig
 from cepo.errors import InputError, one_line
-from cepo.prompts import Prompt, text_of
+from cepo.prompts import Prompt, content_of, images_of, in_parts, text_of
+from cepo.vision import Vision, auto_classes, identity, image_positions, separate
 from cepo_kernels import (
     ContrastiveLogprobs,
     PolicyLoss,
@@ -58,6 +59,8 @@ class Policy:
     """Whether logits are head(base model), so that the head can be left to the kernels."""
     logit_options: dict[str, Any] = field(default_factory=dict)
     """`logit_scale` and `logit_softcap` for the kernels, where the head alone leaves them out."""
+    vision: Vision | None = None
+    """How images come into its prompts; None: not at all."""
 
     @property
     def device(self) -> torch.device:
@@ -66,10 +69,19 @@ class Policy:
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
+    @property
+    def processor(self) -> Any:
+        """What is saved with the model: the tokenizer, or that and what makes tokens of images."""
+        return self.vision.processor if self.vision else self.tokenizer
+
+    def images(self, contexts: Sequence[Sequence[int]], length: int) -> dict[str, Tensor]:
+        """What the model takes beside the ids (B, length) of contexts with images (`Vision.inputs`)."""
+        return self.vision.inputs(contexts, length, self.device) if self.vision else {}
+
 
 def load_policy(config: PolicyConfig) -> Policy:
     """Load the model of `config`, float32, in evaluation mode. Raises InputError if that fails."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
     # Their bars would break the trainer's own, and every retry of a name that does not exist is announced.
@@ -81,14 +93,14 @@ def load_policy(config: PolicyConfig) -> Policy:
     source = named if base is None else base
     options: dict[str, Any] = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
     try:
-        AutoConfig.from_pretrained(source, **options)  # the cheapest way to learn that there is nothing to load
-        tokenizer = AutoTokenizer.from_pretrained(named, **options)
+        shape = AutoConfig.from_pretrained(source, **options)  # the cheapest way to learn that there is nothing to load
+        auto, tokenizer = auto_classes(named, shape, **options)
         # Wrong shapes and missing weights are told below, in one line in place of their table.
         options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+            loaded: Any = auto.from_pretrained(source, **options)
         finally:
             transformers_logging.set_verbosity(verbosity)
     except Exception as error:  # a damaged file fails in whatever way the library that reads it does
@@ -129,8 +141,12 @@ def threads(policy: Policy, wanted: int) -> Iterator[None]:
 
 
 def make_policy(model: Any, tokenizer: Any, compute_dtype: torch.dtype = torch.float32) -> Policy:
-    """Wrap a causal LM of transformers and its tokenizer. Raises InputError if no end-of-sequence token is known."""
+    """Wrap a model of transformers and its tokenizer, or its processor where it takes images.
+
+    Raises InputError if no end-of-sequence token is known.
+    """
     model.eval()
+    tokenizer, sight = separate(tokenizer, model)
     eos = getattr(model.generation_config, "eos_token_id", None)
     eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos_ids:
@@ -143,7 +159,8 @@ def make_policy(model: Any, tokenizer: Any, compute_dtype: torch.dtype = torch.f
     options = logit_options(model.config)
     context = context_length(model)
     split = _head_is_separable(model, options, eos_ids[0])
-    return Policy(model, tokenizer, tuple(eos_ids), pad_id, context, compute_dtype, split, options if split else {})
+    options = options if split else {}
+    return Policy(model, tokenizer, tuple(eos_ids), pad_id, context, compute_dtype, split, options, sight)
 
 
 def context_length(model: Any) -> int:
@@ -177,19 +194,39 @@ def render(policy: Policy, prompt: Prompt) -> str:
     Raises InputError if the template refuses it, as some do with a system turn.
     """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if not policy.tokenizer.chat_template:
-        return "\n".join(str(turn["content"]) for turn in turns)
+    if not policy.processor.chat_template:
+        return "\n".join(map(content_of, turns))
     try:
+        if policy.vision:
+            return policy.vision.render(in_parts(turns))
         return str(policy.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program, and ends as its author pleased
         told = f"{[turn['role'] for turn in turns]} of {text_of(prompt)[:40]!r}: {one_line(error)[:200]}"
         raise InputError(f"prompt: expected turns that the model's chat template takes, got {told}") from error
 
 
-def encode(policy: Policy, rendered: str) -> list[int]:
+def tokens_of(policy: Policy, prompt: Prompt, after: str = "") -> list[int]:
+    """Token ids of a rendered prompt, which know its images if it has any (`cepo.vision.Seen`), and of a text after it.
+
+    Raises InputError for images that the model does not take.
+    """
+    images = images_of(prompt)
+    if images and not (policy.vision and policy.processor.chat_template):
+        raise InputError(
+            f"prompt: expected a model that takes images (one of AutoModelForImageTextToText, with a processor and its "
+            f"chat template) for {text_of(prompt)[:40]!r}, got {type(policy.model).__name__}"
+        )
+    return encode(policy, render(policy, prompt) + after, images)
+
+
+def encode(policy: Policy, rendered: str, images: Sequence[Any] = ()) -> list[int]:
     """Token ids of a rendered context; the special tokens of a chat template are in it already. Never empty."""
-    plain = not policy.tokenizer.chat_template
-    ids: list[int] = policy.tokenizer(rendered, add_special_tokens=plain)["input_ids"]
+    plain = not policy.processor.chat_template
+    ids: list[int] = (
+        policy.vision.encode(rendered, images)
+        if policy.vision
+        else policy.tokenizer(rendered, add_special_tokens=plain)["input_ids"]
+    )
     if not ids:
         raise InputError("prompt: expected at least one token, got none")
     return ids
@@ -261,9 +298,10 @@ def response_states(policy: Policy, contexts: Sequence[Sequence[int]], responses
         within = _pad(_shifted(told, replies), policy.pad_id)
         ids, mask = (torch.cat(pair, dim=1).to(policy.device) for pair in zip(before, within, strict=True))
         wanted = torch.cat([torch.zeros_like(before[1]), within[1]], dim=1).to(policy.device)
-        return _states(policy, wanted, ids, mask, _positions(policy, mask))
+        images = policy.images(told, ids.shape[1])
+        return _states(policy, wanted, ids, mask, {**images, **_positions(policy, mask, ids, images)})
 
-    return _once_each(policy, list(map(tuple, contexts)), responses, run)
+    return _once_each(policy, list(map(identity, contexts)), responses, run)
 
 
 def _once_each(
@@ -289,6 +327,8 @@ class Prefixes:
     ids: Sequence[Sequence[int]]
     cache: Any
     mask: Tensor
+    after: Tensor | None = None
+    """(K,) the position behind each, where images have made it another than their number of tokens."""
 
     @property
     def divisible(self) -> bool:
@@ -305,13 +345,17 @@ def prefill(policy: Policy, prefixes: Sequence[Sequence[int]]) -> Prefixes:
 
     ids, mask = (part.to(policy.device) for part in _pad([list(p)[:-1] for p in prefixes], policy.pad_id, left=True))
     cache = DynamicCache(config=policy.model.config)
+    after = None
     if ids.shape[1]:
-        positions = _positions(policy, mask)
+        images = policy.images(prefixes, ids.shape[1])
+        more = _positions(policy, mask, ids, images)
+        if more and more["position_ids"].ndim == 3:
+            after = more["position_ids"].amax(dim=(0, 2)) + 1
         with policy.autocast():
             policy.model.base_model(
-                input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **positions
+                input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **images, **more
             )
-    return Prefixes(prefixes, cache, mask)
+    return Prefixes(prefixes, cache, mask, after)
 
 
 @torch.no_grad()
@@ -340,6 +384,10 @@ def continued_states(
         cache.batch_select_indices(which)
         mask = torch.cat([before, wanted], dim=1)
         positions = {name: value[:, -ids.shape[1] :] for name, value in _positions(policy, mask).items()}
+        if prefixes.after is not None:  # text alone follows a prefix, and what of it is cut off
+            whole = torch.tensor([len(prefixes.ids[k]) for k, _ in chosen], device=policy.device)
+            first = (prefixes.after[which] - whole + lengths)[:, None]
+            positions["position_ids"] = (first + torch.arange(ids.shape[1], device=policy.device)).expand(3, -1, -1)
         return _states(policy, wanted, ids, mask, positions, cache)
 
     return _once_each(policy, places, responses, run)
@@ -359,17 +407,21 @@ def _pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False) -> t
     return torch.tensor(ids, dtype=torch.int64).reshape(len(rows), width), mask.flip(1) if left else mask
 
 
-def _positions(policy: Policy, mask: Tensor) -> dict[str, Tensor]:
-    """Positions that count real tokens only, for models that take them."""
+def _positions(
+    policy: Policy, mask: Tensor, ids: Tensor | None = None, images: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Positions that count real tokens only, for models that take them; with images as the model counts those."""
     if "position_ids" not in inspect.signature(policy.model.forward).parameters:
         return {}
+    if ids is not None and images and (found := image_positions(policy.model, ids, mask, images)) is not None:
+        return {"position_ids": found}
     return {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
 
 
 def _states(
-    policy: Policy, wanted: Tensor, ids: Tensor, mask: Tensor, positions: dict[str, Tensor], cache: Any = None
+    policy: Policy, wanted: Tensor, ids: Tensor, mask: Tensor, more: dict[str, Tensor], cache: Any = None
 ) -> Tensor:
-    inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": cache is not None, **positions}
+    inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": cache is not None, **more}
     if cache is not None:
         inputs["past_key_values"] = cache
     with policy.autocast():

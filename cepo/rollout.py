@@ -1,8 +1,9 @@
-"""Rollouts: `generate` with its cache, sampling by Gumbel-max with noise that is a function of where it is used.
+"""Rollouts, of whichever engine (`cepo.engine`); and the one that is always there, the model's own `generate`.
 
-argmax(logits / T + Gumbel noise) is a sample of softmax(logits / T). The noise of every vocabulary entry is a hash of
-(seed, step, prompt, rollout, position), so methods share random numbers, nothing needs saving, and it does not matter
-how rollouts are batched. The model's own generation config (top-p, penalties, ...) plays no part.
+That samples by Gumbel-max with noise that is a function of where it is used: argmax(logits / T + Gumbel noise) is drawn
+from softmax(logits / T). The noise of every vocabulary entry is a hash of (seed, step, prompt, rollout, position), so
+methods share random numbers, nothing needs saving, and it does not matter how rollouts are batched. The model's own
+generation config (top-p, penalties, ...) plays no part.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from cepo.engine import Engine, Generated
 from cepo.errors import InputError
-from cepo.policy import Policy, encode, render
+from cepo.policy import Policy, tokens_of
 from cepo.processes import ALONE, Alone
 from cepo.sharding import whole
 from cepo.tasks import Problem
@@ -40,6 +42,8 @@ class Rollouts:
     """(B,) text, special tokens left out."""
     truncated: list[bool]
     """(B,) whether the length ran out first."""
+    logprobs: list[list[float]] | None = None
+    """(B,) of the responses' tokens, as an engine sampled them that is not the policy itself; None: the policy did."""
 
     @property
     def group_size(self) -> int:
@@ -60,6 +64,7 @@ def sample(
     key: tuple[int, int],
     batch_size: int = 0,
     processes: Alone = ALONE,
+    engine: Engine | None = None,
 ) -> Rollouts:
     """Complete every problem `group_size` times.
 
@@ -69,30 +74,62 @@ def sample(
         key: (seed, step) of the noise.
         batch_size: rollouts at once; 0: all.
         processes: each generates a share of the groups, and gets what all have generated.
+        engine: what generates; None: the policy's own `generate`.
 
     Raises InputError if a prompt and a response of full length exceed the model's context.
     """
     prompts = encode_prompts(policy, problems, max_new_tokens)
-    rows = [(p, g) for p in processes.share(len(problems)) for g in range(group_size)]
-    at_once = batch_size or max(len(rows), 1)
+    mine = processes.share(len(problems))
+    chosen = engine or Transformers(policy, batch_size)
 
-    def generated() -> list[list[int]]:
-        found: list[list[int]] = []
-        for chunk in (rows[start : start + at_once] for start in range(0, len(rows), at_once)):
-            noise = GumbelMax(key, chunk, temperature, policy.device) if temperature else None
-            found += _generate(policy, [prompts[p] for p, _ in chunk], max_new_tokens, noise)
-        return found
+    def generated() -> Generated:
+        return chosen.generate(
+            prompts[mine.start : mine.stop], group_size, max_new_tokens=max_new_tokens, temperature=temperature,
+            key=key, first=mine.start,
+        )  # fmt: skip
 
     with whole(policy.model):
-        responses = [ids for part in processes.gather("rollouts", generated) for ids in part]
+        parts = processes.gather("rollouts", generated)
+    responses = [ids for part in parts for ids in part.responses]
+    logprobs = [row for part in parts for row in part.logprobs or ()]
     completions = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
     truncated = [ids[-1] not in policy.eos_ids for ids in responses]
-    return Rollouts(list(problems), prompts, responses, completions, truncated)
+    return Rollouts(list(problems), prompts, responses, completions, truncated, logprobs or None)
+
+
+class Transformers:
+    """The `generate` of a policy's model as an `Engine`; `batch_size` rollouts at once, 0: all."""
+
+    def __init__(self, policy: Policy, batch_size: int = 0) -> None:
+        self._policy, self._batch_size = policy, batch_size
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        key: tuple[int, int],
+        first: int = 0,
+    ) -> Generated:
+        """As `Engine.generate`; tokens depend on `key` and their place alone."""
+        rows = [(p, g) for p in range(len(prompts)) for g in range(n)]
+        at_once = self._batch_size or max(len(rows), 1)
+        found: list[list[int]] = []
+        for chunk in (rows[start : start + at_once] for start in range(0, len(rows), at_once)):
+            places = [(first + p, g) for p, g in chunk]
+            noise = GumbelMax(key, places, temperature, self._policy.device) if temperature else None
+            found += _generate(self._policy, [prompts[p] for p, _ in chunk], max_new_tokens, noise)
+        return Generated(found)
+
+    def sync(self, model: torch.nn.Module) -> None:
+        """Nothing: it is the model."""
 
 
 def encode_prompts(policy: Policy, problems: Sequence[Problem], max_new_tokens: int) -> list[list[int]]:
     """Token ids of the rendered prompts. Raises InputError if one leaves no room for `max_new_tokens`."""
-    prompts = [encode(policy, render(policy, problem.prompt)) for problem in problems]
+    prompts = [tokens_of(policy, problem.prompt) for problem in problems]
     for problem, ids in zip(problems, prompts, strict=True):
         if len(ids) + max_new_tokens > policy.context:
             raise InputError(
@@ -123,6 +160,14 @@ class GumbelMax(LogitsProcessor):
 def fold(keys: Tensor, value: int | Tensor) -> Tensor:
     """Hash one more value, in [0, 2^63), into 64-bit keys."""
     return _mix(keys + (torch.as_tensor(value, dtype=torch.int64, device=keys.device) + 1) * _STREAM)
+
+
+def seed_of(key: tuple[int, int], prompt: int) -> int:
+    """A seed in [0, 2^31) for an engine with random numbers of its own."""
+    folded = torch.zeros((), dtype=torch.int64)
+    for part in (*key, prompt):
+        folded = fold(folded, part)
+    return int(folded) & ((1 << 31) - 1)
 
 
 def gumbel(keys: Tensor, size: int) -> Tensor:
@@ -156,6 +201,7 @@ def _generate(
         out = policy.model.generate(
             input_ids=ids,
             attention_mask=mask,
+            **policy.images(prompts, width),
             logits_processor=LogitsProcessorList([noise] if noise else []),
             synced_gpus=False,  # weights are whole here, and no process waits for another's longest
         )
@@ -167,8 +213,9 @@ def _own_generation_config(policy: Policy, max_new_tokens: int) -> Iterator[None
     """Put ours in the model's place: `generate` would fill gaps in a passed one from the model's."""
     theirs = policy.model.generation_config
     policy.model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(policy.eos_ids), pad_token_id=policy.pad_id
-    )
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(policy.eos_ids), pad_token_id=policy.pad_id,
+        suppress_tokens=list(policy.vision.places) if policy.vision else None,
+    )  # fmt: skip
     try:
         yield
     finally:

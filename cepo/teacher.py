@@ -18,11 +18,12 @@ from torch import Tensor
 
 from cepo.config import TeacherConfig
 from cepo.errors import InputError
-from cepo.policy import Policy, Prefixes, continued_states, encode, prefill, render, response_states
+from cepo.policy import Policy, Prefixes, continued_states, prefill, response_states, tokens_of
 from cepo.prompts import hinted
 from cepo.rewards import is_success
 from cepo.rollout import Rollouts
 from cepo.tasks import Problem, Task
+from cepo.vision import identity
 
 LAST_LINE_TOKENS = 64
 
@@ -74,8 +75,8 @@ def wrong_answer(
 def teacher_context(policy: Policy, config: TeacherConfig, problem: Problem, answer: str) -> list[int]:
     """Token ids of the prompt with `answer` in it, rendered as one text."""
     if config.template == "hint":
-        return encode(policy, render(policy, hinted(config.hint, problem.prompt, answer=answer)))
-    return encode(policy, render(policy, problem.prompt) + config.splice.format(answer=answer))
+        return tokens_of(policy, hinted(config.hint, problem.prompt, answer=answer))
+    return tokens_of(policy, problem.prompt, config.splice.format(answer=answer))
 
 
 def check_context(policy: Policy, config: TeacherConfig, problem: Problem, response: int) -> None:
@@ -101,7 +102,7 @@ def build(
     Raises InputError if a right answer and the responses exceed the model's context; a wrong one that does is left out.
     """
     teachers = Teachers()
-    known: dict[tuple[int, ...], int] = {}
+    known: dict[tuple[Any, ...], int] = {}
     wrong = shared = last_lines = missing = same = 0
 
     @cache
@@ -110,11 +111,11 @@ def build(
 
     def index(p: int, answer: str) -> int:
         ids = context(p, answer)
-        if tuple(ids) not in known:
-            known[tuple(ids)] = len(teachers.prefixes)
+        if (key := identity(ids)) not in known:
+            known[key] = len(teachers.prefixes)
             teachers.prefixes.append(ids)
             teachers.answers.append(answer)
-        return known[tuple(ids)]
+        return known[key]
 
     def usable(b: int) -> bool:
         return _is_wrong(rewards[b], threshold) and not rollouts.truncated[b]

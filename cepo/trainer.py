@@ -31,6 +31,7 @@ from torch import Tensor
 
 from cepo import checkpoint, distil, metrics, rollout, sharding, teacher
 from cepo.credit import lam_at
+from cepo.engine import importance
 from cepo.errors import InputError
 from cepo.metrics import Clock, mean
 from cepo.parts import Parts, held_out, judge, problems_of, roll_out, score, training_problems
@@ -73,7 +74,7 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
         policy, state = parts.policy, {"advantage": parts.adaptive.state} if parts.adaptive else {}
         state |= parts.self_teacher.state() if parts.self_teacher else {}
         state |= {"weights": sharding.weights(policy.model)}
-        written = (run, step, policy.model, policy.tokenizer, sharding.optimizer_state(optimizer))
+        written = (run, step, policy.model, policy.processor, sharding.optimizer_state(optimizer))
         many.first("checkpoint", lambda: checkpoint.save(*written, config.checkpoint.keep, **state))
         return step
 
@@ -134,7 +135,7 @@ def evaluate(parts: Parts) -> Record:
     clock = Clock(parts.policy.device)
     problems = held_out(parts)
     shared: Record = {"group_size": 1, "max_new_tokens": parts.max_new_tokens, "key": (config.seed, 0)}
-    shared |= {"batch_size": parts.config.rollout.batch_size, "processes": parts.processes}
+    shared |= {"batch_size": parts.config.rollout.batch_size, "processes": parts.processes, "engine": parts.engine}
     result: Record = {"split": config.split, "problems": len(problems)}
     for name, temperature in (("sampled", config.temperature), ("greedy", 0.0)):
         rollouts = rollout.sample(parts.policy, problems, temperature=temperature, **shared)
@@ -175,6 +176,9 @@ def train_step(
     batch = make_batch(parts, rollouts, advantages, teachers, lam, contexts and contexts.ids)
     batch = credit_ahead(parts, batch, rewards, success, step, clock)
     tokens, updated = update(parts, optimizer, batch, clock)
+    if parts.engine:
+        with clock.phase("sync"):
+            parts.engine.sync(parts.policy.model)
     if observe:
         observe(step, batch, rewards, success, tokens)
     if parts.adaptive:  # at the end: a step that fails must leave no trace, since it will be taken again
@@ -230,4 +234,20 @@ def describe(
         "evidence_right": mean(evidence[right]),
         "evidence_wrong": mean(evidence[~right]),
         "weight_clipped": mean(at_clip[~weight.isnan()].float()),
+        **off_policy(parts, batch, tokens.get("logprobs", nothing)),
+    }
+
+
+def off_policy(parts: Parts, batch: Batch, logprobs: Tensor) -> Record:
+    """How far an engine's log-probs are from the policy's, (N,), and what that makes of the tokens' weights."""
+    told = batch.engine_logprobs(list(range(len(batch.rollouts.responses))))
+    if told is None:
+        return {}
+    read, cap = ~logprobs.isnan(), parts.config.rollout.importance_cap
+    assert cap is not None
+    weights = importance(logprobs[read], told[read], cap)
+    return {
+        "engine_gap": mean((logprobs - told).abs()),
+        "importance": mean(weights),
+        "importance_capped": mean((weights >= cap).float()),
     }

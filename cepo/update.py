@@ -14,6 +14,7 @@ from torch import Tensor
 from cepo import axes
 from cepo.credit import TokenAdvantages
 from cepo.distil import told_states
+from cepo.engine import importance
 from cepo.losses import token_weights
 from cepo.metrics import Clock, mean
 from cepo.parts import Parts
@@ -49,6 +50,11 @@ class Batch:
         """(B,) values as (N,), one for each token of `rows`."""
         lengths = torch.tensor([len(ids) for ids in self.responses(rows)])
         return values[rows].repeat_interleave(lengths)
+
+    def engine_logprobs(self, rows: list[int]) -> Tensor | None:
+        """Log-probs of the tokens of `rows`, (N,), as the engine had them that sampled them; None: the policy did."""
+        told = self.rollouts.logprobs
+        return None if told is None else torch.tensor([value for b in rows for value in told[b]])
 
     def token_advantages(self, rows: list[int]) -> Tensor:
         """Advantages of the tokens of `rows`, (N,): the rollout's, or those made before the update."""
@@ -230,15 +236,21 @@ def policy_loss(
     with clock.phase("policy"):
         states = response_states(policy, batch.prompts(rows), batch.responses(rows))
     with clock.phase("credit"), policy.autocast():
+        labels = labels_of(batch, rows, states.device)
+
+        def own() -> Tensor:
+            if behaviour is not None:
+                return behaviour.logprobs
+            return token_op(policy)(states.detach(), labels, **kernel_options(parts)).logprobs
+
         shared = {
             "surrogate": parts.surrogate,
             "clip_low": config.loss.clip_low,
             "clip_high": config.loss.clip_high,
-            "token_weight": batch.per_token(batch.weights, rows).to(states.device),
+            "token_weight": loss_weights(parts, batch, rows, own).to(states.device),
             "denominator": 1.0,
             **kernel_options(parts),
         }
-        labels = labels_of(batch, rows, states.device)
         if behaviour is not None:
             assert behaviour.advantages is not None
             return loss_op(policy)(states, None, None, labels, behaviour.advantages, behaviour.logprobs, **shared)
@@ -256,6 +268,19 @@ def policy_loss(
             **shared,
         )
     return result
+
+
+def loss_weights(parts: Parts, batch: Batch, rows: list[int], own: Callable[[], Tensor]) -> Tensor:
+    """Weights of the tokens of `rows` in the loss, (N,); of an engine's tokens their importance is a factor.
+
+    own: gives their log-probs under the policy as it was when they were sampled.
+    """
+    weights, told = batch.per_token(batch.weights, rows), batch.engine_logprobs(rows)
+    if told is None:
+        return weights
+    cap = parts.config.rollout.importance_cap
+    assert cap is not None
+    return weights * importance(own().cpu(), told, cap)
 
 
 class TokenDivergence(NamedTuple):
@@ -300,7 +325,8 @@ def distillation_loss(
                 labels = labels_of(batch, rows, states.device)
                 own = token_op(policy)(states, labels, return_entropy=behaviour is None, **kernel_options(parts))
             ratio = None if behaviour is None else (own.logprobs - behaviour.logprobs).exp()
-        weights = batch.per_token(batch.weights, rows).to(states.device)
+        sampled: Any = behaviour or own
+        weights = loss_weights(parts, batch, rows, lambda: sampled.logprobs).to(states.device)
         shares, clipped = axes.lookup("losses", config.loss.name)(
             states, told, weights, ratio, op=divergence_op(policy, teacher), **options, **kernel_options(parts)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,3 +69,21 @@ def test_no_weights_are_read_and_no_run_begins(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     with pytest.raises(InputError, match=r"policy.model: cannot load './nothing'|expected 'embedded'"):
         memory.estimate(replace(small(), policy=PolicyConfig(model="./nothing")))
+
+
+def test_the_errors_that_are_stated_were_measured() -> None:
+    root = Path(__file__).parent.parent
+    measured = json.loads((root / "benchmarks/results/dry_run.json").read_text())["cases"]
+    stated = (root / "docs/trainer.md").read_text()
+    assert len(measured) == 5
+    for case in measured.values():
+        row = f"| {case['estimated'] / 2**20:,.0f} MiB | {case['measured'] / 2**20:,.0f} MiB | {case['error']:+.0%} |"
+        assert row.replace("%", " %") in stated
+
+
+def test_checkpointed_layers_keep_their_inputs_and_one_whole() -> None:
+    plain, kept = memory.estimate(small()), memory.estimate(small(train={"gradient_checkpointing": True}))
+    layers = 4
+    assert plain.memory["activations"] / layers < kept.memory["activations"] < plain.memory["activations"] / 2
+    half = memory.estimate(small(policy={"compute_dtype": "bfloat16"}))
+    assert plain.memory["activations"] / 2 < half.memory["activations"] < plain.memory["activations"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from cepo.policy import EMBEDDED, Policy, encode, make_policy, render
+from cepo.policy import EMBEDDED, Policy, make_policy, tokens_of
 from cepo.rollout import Rollouts
 from cepo.tasks import Problem
 
@@ -87,7 +87,7 @@ def rollouts_of(
     for b, ids in enumerate(responses):
         if b not in truncated:
             ids.append(policy.eos_ids[0])
-    prompts = [encode(policy, render(policy, problem.prompt)) for problem in problems]
+    prompts = [tokens_of(policy, problem.prompt) for problem in problems]
     return Rollouts(
         list(problems), prompts, responses, list(completions), [b in truncated for b in range(len(completions))]
     )

@@ -116,6 +116,9 @@ class Config:
                  self.advantage.name)  # fmt: skip
         require(self.reward.verifier != "embedded" or self.task.name == "addition", "reward.verifier",
                  f"a model that knows task {self.task.name}", self.reward.verifier)  # fmt: skip
+        for name in ("lora", "gguf_file") if self.rollout.engine == "vllm" else ():
+            require(getattr(self.policy, name) is None, f"policy.{name}", "none with rollout.engine vllm",
+                     getattr(self.policy, name))  # fmt: skip
         self.loss.average = self.loss.average or self.advantage.average or "token"
         if check := getattr(axes.module("credit", self.credit.name), "check", None):
             check(self)

@@ -89,6 +89,11 @@ class RolloutConfig:
         max_new_tokens: longest completion; null: the task's own.
         batch_size: rollouts generated at once; 0: all.
         mask_truncated: leave rollouts that were cut out of the loss; they always score 0 and stay in the group's mean.
+        engine: transformers, the policy's own `generate`; or vllm, which has to be installed.
+        engine_options: of vllm: arguments of `vllm.LLM`, as gpu_memory_utilization; with enable_sleep_mode it gives its
+            memory back while the policy learns.
+        importance_cap: of vllm: a token weighs the ratio of the policy's probability to vllm's, but at most this; null:
+            2.
     """
 
     prompts: int = 16
@@ -97,8 +102,20 @@ class RolloutConfig:
     max_new_tokens: int | None = None
     batch_size: int = 0
     mask_truncated: bool = False
+    engine: str = "transformers"
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    importance_cap: float | None = None
 
     def check(self) -> None:
+        one_of("rollout.engine", self.engine, ("transformers", "vllm"))
+        if self.engine == "vllm" and self.importance_cap is None:
+            self.importance_cap = 2.0
+        for name in ("engine_options", "importance_cap"):
+            value = getattr(self, name)
+            require(self.engine == "vllm" or not value, f"rollout.{name}", "none, since rollout.engine is transformers",
+                     value)  # fmt: skip
+        cap = self.importance_cap
+        require(cap is None or cap >= 1, "rollout.importance_cap", "a number, at least 1", cap)
         require(self.prompts >= 1, "rollout.prompts", "at least 1", self.prompts)
         require(self.group_size >= 1, "rollout.group_size", "at least 1", self.group_size)
         require(0 < self.temperature < float("inf"), "rollout.temperature", "a number above 0", self.temperature)

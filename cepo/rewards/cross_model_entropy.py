@@ -15,8 +15,9 @@ import torch
 
 from cepo.config import Config, PolicyConfig
 from cepo.errors import InputError
-from cepo.policy import Policy, encode, load_policy, make_policy, render, response_states, token_op
+from cepo.policy import Policy, load_policy, make_policy, response_states, token_op, tokens_of
 from cepo.prompts import Prompt
+from cepo.vision import Seen
 
 SUPERVISION: tuple[str, ...] = ("another model (the embedded one saw the task)",)
 
@@ -82,7 +83,9 @@ def cross_model_entropy(
     def reward(
         prompts: Sequence[Prompt], completions: Sequence[Prompt], completion_ids: object = None, **columns: Any
     ) -> list[float | None]:
-        contexts = [encode(judge, render(judge, prompt)) for prompt in prompts]
+        contexts = [tokens_of(judge, prompt) for prompt in prompts]
+        if any(isinstance(context, Seen) for context in contexts):
+            raise InputError("reward.name: cross_model_entropy reads no images, and a prompt has one")
         responses = [_ids(judge, completion) for completion in completions]
         pairs = [_cut(c, r, judge.context) if r else None for c, r in zip(contexts, responses, strict=True)]
         # Equal texts get equal bits, which rows of a batch would not promise: a group that agrees must not move.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cepo.config import Config
-from cepo.policy import Policy, encode, render, response_logits
+from cepo.policy import Policy, response_logits, tokens_of
 from cepo.prompts import Prompt
 from cepo_kernels.reference import transform
 
@@ -45,7 +45,7 @@ def self_certainty(
     rewards: list[float | None] = []
     for start in range(0, len(prompts), batch_size):
         ids = completion_ids[start : start + batch_size]
-        contexts = [encode(policy, render(policy, prompt)) for prompt in prompts[start : start + batch_size]]
+        contexts = [tokens_of(policy, prompt) for prompt in prompts[start : start + batch_size]]
         certainty = uniform_divergence(response_logits(policy, contexts, ids), temperature, **policy.logit_options)
         rewards += [row.mean().item() for row in certainty.split([len(one) for one in ids])]
     return rewards

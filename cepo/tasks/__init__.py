@@ -15,7 +15,7 @@ which let `cepo diagnose` ask whether credit finds that place. A distillation's 
     addition                    three-digit column addition, the built-in task
     worked:<dataset>            two reasoning-gym datasets with worked solutions (extra `[tasks]`)
     reasoning_gym:<dataset>     any reasoning-gym dataset (extra `[tasks]`)
-    jsonl:<path>                lines of {"prompt": ..., "answer": ...}
+    jsonl:<path>                lines of {"prompt": ..., "answer": ...}, with images or without
     hf:<name or path>           a Hugging Face dataset (extra `[datasets]`)
 """
 

@@ -8,8 +8,12 @@ import math
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from cepo.errors import InputError
+from cepo.images import is_image, located
+from cepo.prompts import with_images
 from cepo.tasks import HELD_OUT, Problem, check_split
 from cepo.tasks._answers import final_answer, same_answer
 
@@ -22,6 +26,8 @@ logger = logging.getLogger("cepo")
 @dataclass(frozen=True)
 class Reading:
     """How a record is read; the options that tasks from records share.
+
+    A field `image`, or `images`, a list, belongs to the prompt: paths, or what `datasets` makes of its images.
 
     Args:
         prompt_key: its field with the prompt, a text or a list of {"role": ..., "content": ...} that ends in a user
@@ -47,16 +53,18 @@ class Reading:
         if self.answer_key is None and self.solution_key is None:
             raise ValueError("answer_key: expected a field, or null and a solution_key, got null and none")
 
-    def problems(self, records: Iterable[tuple[str, Any]], splits: tuple[str, ...] = SPLITS) -> list[Problem]:
+    def problems(
+        self, records: Iterable[tuple[str, Any]], folder: Path, splits: tuple[str, ...] = SPLITS
+    ) -> list[Problem]:
         """The problems of (where, record) pairs, each prompt once. Raises ValueError for the first that is none.
 
-        splits: what a field "split" may say; none: it means nothing here.
+        folder: where paths of images start; splits: what a field "split" may say, none: it means nothing here.
         """
         found: dict[str, tuple[str, Problem]] = {}
         bad: list[str] = []
         for where, record in records:
             try:
-                problem = self._problem(where, record, splits)
+                problem = self._problem(where, record, folder, splits)
                 first, known = found.setdefault(problem.text, (where, problem))
                 if known.answer != problem.answer or (splits and known.data.get("split") != problem.data.get("split")):
                     raise ValueError(f"{where}: expected one answer and split per prompt, {_last(first)} differs")
@@ -68,7 +76,7 @@ class Reading:
             logger.warning("left out %d records that cannot be used, the first: %s", len(bad), bad[0])
         return [problem for _, problem in found.values()]
 
-    def _problem(self, where: str, record: Any, splits: tuple[str, ...]) -> Problem:
+    def _problem(self, where: str, record: Any, folder: Path, splits: tuple[str, ...]) -> Problem:
         if isinstance(record, ValueError):
             raise record
         if not isinstance(record, Mapping):
@@ -77,11 +85,17 @@ class Reading:
             if key is not None and key not in record:
                 raise ValueError(f"{where}: expected a field {key!r}, got {', '.join(map(repr, record)) or 'none'}")
         prompt, split = record[self.prompt_key], record.get("split")
-        problem = "" if isinstance(prompt, str) and prompt.strip() else _in_conversation(prompt)
+        images = _images(where, record, folder)
+        problem = "" if isinstance(prompt, str) and prompt.strip() else _in_conversation(prompt, bool(images))
         if problem:
             raise ValueError(
                 f"{where}: expected {self.prompt_key!r} to be a non-empty string or a list of messages{problem}"
             )
+        if images:
+            try:
+                prompt = with_images(prompt, images)
+            except InputError as error:
+                raise ValueError(f"{where}: {error}") from error
         data = dict(record)
         if self.solution_key is not None:
             solution = data["solution"] = record[self.solution_key]
@@ -101,8 +115,12 @@ class Reading:
                 f"{where}: expected {self.answer_key!r} to be a non-empty string or a number, got {answer!r}"
             )
         made = Problem(prompt, str(answer), data)
-        if not _is_unicode(made.text + made.answer):
-            raise ValueError(f"{where}: expected Unicode text, got half of a surrogate pair in {made.text[:40]!r}")
+        try:
+            text = made.text
+        except InputError as error:  # an image that is not there
+            raise ValueError(f"{where}: {error}") from error
+        if not _is_unicode(text + made.answer):
+            raise ValueError(f"{where}: expected Unicode text, got half of a surrogate pair in {text[:40]!r}")
         if splits and split is not None and split not in splits:
             raise ValueError(f"{where}: expected 'split' to be one of {', '.join(splits)}, got {split!r}")
         return made
@@ -164,16 +182,44 @@ def _last(where: str) -> str:
     return where.rpartition(", ")[2]
 
 
-def _in_conversation(prompt: Any) -> str:
-    """What is wrong with a list of messages, "" if nothing."""
+def _images(where: str, record: Mapping[str, Any], folder: Path) -> list[Any]:
+    """The images that belong to a record's prompt."""
+    one, several = record.get("image"), record.get("images")
+    if one is not None and several is not None:
+        raise ValueError(f"{where}: expected 'image' or 'images', got both")
+    images = ([] if one is None else [one]) if several is None else several
+    if not isinstance(images, list) or not all(map(is_image, images)):
+        raise ValueError(f"{where}: expected images to be paths or pictures, got {images!r:.80}")
+    return [located(image, folder) for image in images]
+
+
+def _in_conversation(prompt: Any, images: bool) -> str:
+    """What is wrong with a list of messages, "" if nothing. Only with images a content may be a list of parts."""
     if not isinstance(prompt, list) or not prompt:
         return f", got {prompt!r:.80}"
+    said: Any = None
     for message in prompt:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        said = _said(content) if images else content
+        if not isinstance(said, str) or not isinstance(message.get("role"), str):
             return f" with a role and a content, both texts, got {message!r:.80}"
-    if prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
+    if prompt[-1]["role"] != "user" or not said.strip():
         return f" that ends in a user turn with a text, got {prompt[-1]!r:.80}"
     return ""
+
+
+def _said(content: Any) -> Any:
+    """The text of a message's content, itself a text or a list of texts and places of images; else it or None."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        text = part.get("text") if kind == "text" else "" if kind == "image" else None
+        if not isinstance(text, str):
+            return None
+        texts.append(text)
+    return "".join(texts)
 
 
 def _is_unicode(text: str) -> bool:

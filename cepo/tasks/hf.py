@@ -37,6 +37,8 @@ def make(argument: str, **options: Any) -> Listed:
             raise ValueError(f"task hf: expected {name} to be a name or null, got {options[name]!r}")
     name = f"hf:{argument}"
     available = _splits_of(argument, options.get("config"))
+    path = Path(argument).expanduser()
+    folder = path if path.is_dir() else path.parent if path.is_file() else Path()
     splits = {}
     for role in SPLITS:
         wanted = options.get(role) or role
@@ -47,7 +49,7 @@ def make(argument: str, **options: Any) -> Listed:
             continue
         rows = _slice(available[base], wanted.removeprefix(base), f"task {name}: {role}")
         records = ((f"{argument}, {base} row {number}", row) for number, row in enumerate(rows))
-        splits[role] = reading.problems(records, splits=())
+        splits[role] = reading.problems(records, folder, splits=())
         if not splits[role]:
             raise ValueError(f"task {name}: expected at least one row in {wanted!r}, got none")
     tested = {p.text for p in splits.get("test", ())}
@@ -92,7 +94,22 @@ def _splits_of(argument: str, config: str | None) -> dict[str, Any]:
     finally:
         if not bar:
             datasets.enable_progress_bars()
-    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+    splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+    return {name: _undecoded(rows) for name, rows in splits.items()}
+
+
+def _undecoded(rows: Any) -> Any:
+    """The same rows, their images as they are stored: all of them decoded would hardly fit into memory."""
+    import datasets
+
+    for name in ("image", "images"):
+        kind = rows.features.get(name)
+        stored = datasets.Image(decode=False)
+        if isinstance(kind, datasets.Image):
+            rows = rows.cast_column(name, stored)
+        elif isinstance(getattr(kind, "feature", None), datasets.Image):
+            rows = rows.cast_column(name, type(kind)(stored))
+    return rows
 
 
 def _slice(rows: Any, text: str, where: str) -> Any:

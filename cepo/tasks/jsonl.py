@@ -49,7 +49,7 @@ def make(argument: str, **options: Any) -> Listed:
         raise ValueError("task jsonl: expected a path, jsonl:/path/file.jsonl, got none")
     check_options("jsonl", options, FIELDS)
     reading = Reading(**options)
-    problems = reading.problems(_records(argument))
+    problems = reading.problems(_records(argument), Path(argument).expanduser().parent)
     if not problems:
         raise ValueError(f"{argument}: expected at least one line of JSON, got an empty file")
     return Listed(f"jsonl:{argument}", reading.max_new_tokens, _distribute(argument, problems))
