@@ -111,7 +111,9 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     try:
         load_optimizer(optimizer, state.pop("optimizer"))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path / STATE}: expected the state of this model's optimiser, got {one_line(error)}") from error
+        raise InputError(
+            f"{path / STATE}: expected the state of this model's optimiser, got {one_line(error)}"
+        ) from error
     return state
 
 

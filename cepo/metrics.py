@@ -62,7 +62,9 @@ def read(run: Path) -> list[dict[str, Any]]:
     lines = (run / FILE).read_bytes().splitlines() if (run / FILE).exists() else []
     records = [_record(line) for line in lines]
     if damaged := [number for number, record in enumerate(records[:-1], 1) if record is None]:
-        logger.warning("%s: left out %d lines that are no records, the first is %d", run / FILE, len(damaged), damaged[0])
+        logger.warning(
+            "%s: left out %d lines that are no records, the first is %d", run / FILE, len(damaged), damaged[0]
+        )
     return [record for record in records if record is not None]
 
 

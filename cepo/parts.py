@@ -172,7 +172,7 @@ def roll_out(parts: Parts, problems: Sequence[Problem], key: tuple[int, int]) ->
 def score(
     parts: Parts, rollouts: Rollouts, reward: Callable[..., list[float | None]] | None = None
 ) -> list[float | None]:
-    """The reward of every rollout, or what `reward` gives it, None for NaN; each process scores a share of the groups."""
+    """The reward of every rollout, or what `reward` gives it, NaN as None; each process scores its share of groups."""
     function, many, size = reward or parts.reward, parts.processes, rollouts.group_size
     groups = many.share(len(rollouts.problems))
     mine = slice(groups.start * size, groups.stop * size)

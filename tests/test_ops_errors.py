@@ -141,12 +141,17 @@ def test_the_single_tensor_op_names_its_own_arguments():
     with pytest.raises(ValueError, match=r"^labels: .*got 5"):
         cepo_kernels.token_logprobs(torch.zeros(2, 3, 5), labels + 5)
     shared = torch.zeros(1, 1, 5, requires_grad=True).mul(1).expand(2, 3, 5)
-    with pytest.raises(ValueError, match="^inplace_grad: logits is an expanded tensor"):
+    with pytest.raises(ValueError, match=r"^inplace_grad: logits is an expanded tensor"):
         cepo_kernels.token_logprobs(shared, labels, inplace_grad=True)
     for op in (cepo_kernels.divergence, cepo_kernels.linear_divergence):
-        with pytest.raises(TypeError, match="^backend: expected a name, got int"):
-            op(torch.zeros(2, 5), torch.zeros(2, 5), *[torch.zeros(3, 5)] * (op is not cepo_kernels.divergence), backend=3)
-    with pytest.raises(ValueError, match="^top_k: expected an int of 64 bits"):
+        with pytest.raises(TypeError, match=r"^backend: expected a name, got int"):
+            op(
+                torch.zeros(2, 5),
+                torch.zeros(2, 5),
+                *[torch.zeros(3, 5)] * (op is not cepo_kernels.divergence),
+                backend=3,
+            )
+    with pytest.raises(ValueError, match=r"^top_k: expected an int of 64 bits"):
         cepo_kernels.divergence(torch.zeros(2, 5), torch.zeros(2, 5), top_k=2**70)
 
 
