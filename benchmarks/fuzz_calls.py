@@ -246,6 +246,8 @@ def spoil(op: str, call: Arguments, make: Maker) -> str | None:
     name = rng.choice((*sorted(known), states, *others, *weights))
     odd = ODD.get(name, OF_STATES if name == states else OF_HEADS if name in weights else OF_TEACHERS)
     what, value = rng.choice(odd), call.get(name)
+    if what == "None" and name == "teacher_lm_head_weight":  # the student's, then
+        return None
     if (name in ODD and not isinstance(ODD[name][0], str)) or name in ("backend", "surrogate", "kind"):
         call[name] = what
         if name == "kl_coef":

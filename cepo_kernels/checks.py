@@ -276,7 +276,7 @@ def check_in_place(policy: Tensor, teachers: dict[str, Tensor | None], whose: st
         raise ValueError(f"inplace_grad: {whose} is {what}, whose values the gradient would overwrite")
     reach = 0  # of the dimensions within
     for size, stride in sorted(zip(policy.shape, policy.stride(), strict=True), key=lambda pair: pair[1]):
-        if size > 1:
+        if size > 1 and policy.numel():
             if stride <= reach:
                 raise ValueError(f"inplace_grad: {whose} is an expanded tensor, whose rows share memory")
             reach += (size - 1) * stride

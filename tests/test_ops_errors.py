@@ -143,6 +143,8 @@ def test_the_single_tensor_op_names_its_own_arguments():
     shared = torch.zeros(1, 1, 5, requires_grad=True).mul(1).expand(2, 3, 5)
     with pytest.raises(ValueError, match=r"^inplace_grad: logits is an expanded tensor"):
         cepo_kernels.token_logprobs(shared, labels, inplace_grad=True)
+    nothing = torch.zeros(2, 0, 1, requires_grad=True) * 1  # of which no two rows share anything
+    cepo_kernels.token_logprobs(nothing, labels[:, :0], inplace_grad=True).logprobs.sum().backward()
     for op in (cepo_kernels.divergence, cepo_kernels.linear_divergence):
         with pytest.raises(TypeError, match=r"^backend: expected a name, got int"):
             op(
