@@ -82,14 +82,12 @@ def damage(folder: Path, seed: int = 0) -> dict[str, Any]:
         for kind, content in trials.damages(path.read_bytes(), rng):
             kept = path.read_bytes()
             path.unlink() if content is None else path.write_bytes(content)
-            for arguments in (
-                ["train", "--resume", str(run)],
-                ["eval", "--policy.model", str(run), "--eval.problems", "4"],
-            ):
-                if path.parent == run and arguments[0] == "eval":
-                    continue  # which reads no teacher
+            resume = ["train", "--resume", str(run), "--train.steps", str(trials.STEPS)]
+            look = ["eval", "--policy.model", str(run), "--eval.problems", "4"]  # which reads no teacher
+            for arguments in (resume, look) if path.parent != run and kind in ("removed", "cut in half") else (resume,):
                 status, told = trials.ends(arguments)
-                named = status == 2 and told.count("\n") == 1 and path.name in told
+                of_manifest = path.name == "manifest.json" and "is damaged" in told  # which names what it has no sum of
+                named = status == 2 and trials.one_error(told) and (path.name in told or of_manifest)
                 offered = path.parent == run or ("--resume" in told and "step-000001" in told)
                 of["refused, the file named"] += named and offered
                 if not (named and offered):
@@ -103,7 +101,7 @@ def damage(folder: Path, seed: int = 0) -> dict[str, Any]:
             damaged = copy / path.relative_to(run)
             damaged.unlink() if content is None else damaged.write_bytes(content)
             status, told = trials.ends(["train", "--resume", str(copy), "--train.steps", str(trials.STEPS)])
-            if status == 2 and told.count("\n") == 1:
+            if status == 2 and trials.one_error(told):
                 of["refused in one line"] += 1
             elif status == 0 and (path.name == "config.yaml" or not trials.weights_differ(whole, copy)):
                 of["the same weights" if path.name != "config.yaml" else "another config, as valid"] += 1

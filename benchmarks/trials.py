@@ -80,6 +80,12 @@ def ends(arguments: list[str], before: Callable[[], None] = lambda: None) -> tup
             time.sleep(0.005)
 
 
+def one_error(told: str) -> bool:
+    """Whether a command ended with one line that says why, and no more than the run's directory before it."""
+    lines = [line for line in told.splitlines() if not line.startswith("run directory:")]
+    return len(lines) == 1 and lines[0].startswith("cepo: error: ")
+
+
 def whole_run(run: Path, options: list[str]) -> tuple[Path, float]:
     """An undisturbed run and its seconds."""
     before = time.perf_counter()
@@ -273,7 +279,7 @@ def bring_code(folder: Path) -> dict[str, str]:
     }
     for name, make in tried.items():
         status, told = ends(make())
-        fine = status == 2 and told.count("\n") == 1 and not canary.exists()
+        fine = status == 2 and one_error(told) and not canary.exists()
         found[name] = "refused" if fine else f"status {status}, {'' if canary.exists() else 'not '}run: {told[-300:]}"
     return found
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -121,7 +122,9 @@ def _tensors(path: Path) -> dict[str, Any]:
     """What a file holds, which is loaded without running any code that it brings. Raises InputError."""
     try:
         held: dict[str, Any] = torch.load(path, weights_only=True)
-    except Exception as error:  # UnpicklingError for code, else whatever the format's reader stumbles over
+    except pickle.UnpicklingError as error:  # whose text says how to run it all the same
+        raise InputError(f"{path}: expected tensors and plain values alone, got a pickle of something else") from error
+    except Exception as error:  # whatever the format's reader stumbles over
         raise InputError(f"{path}: expected tensors and plain values alone, got {one_line(error)[:200]}") from error
     return held
 
