@@ -142,7 +142,7 @@ class Maker:
         found: Arguments = {"kind": rng.choice(("forward_kl", "reverse_kl", "jsd")), "beta": self.number(0, 1)}
         found["mask"] = self.maybe(0.4, lambda: self.per_row(self.mask))
         found["token_weight"] = self.maybe(0.4, lambda: self.per_row(self.normal))
-        found["clip"] = self.maybe(0.3, lambda: self.number(0, 0.5))
+        found["clip"] = self.maybe(0.3, lambda: self.number(0.01, 0.5))
         found["top_k"] = self.maybe(0.3, lambda: rng.choice((1, 2, 5, 40, 10_000)))
         return found | self.options()
 
