@@ -160,7 +160,7 @@ def config(number: int, folder: Path, seed: int = 0) -> tuple[str, str | None]:
             made, _ = parse("train", arguments)
             yaml.safe_dump(asdict(made))  # as a run writes it
     except InputError as error:
-        return "refused", _spoken(str(error), arguments)
+        return "refused", _spoken(str(error))
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -168,11 +168,9 @@ def config(number: int, folder: Path, seed: int = 0) -> tuple[str, str | None]:
     return "read", None
 
 
-def _spoken(message: str, arguments: list[str]) -> str | None:
-    """What is wrong with a refusal, which `cepo` prints as one line."""
-    # A value that is told back in full is as long as it was.
-    longest = 700 + 3 * sum(len(a) for a in arguments if len(a) > 100)
-    if len(one_line(message)) > max(longest, 12_000 if longest > 700 else 0):
+def _spoken(message: str) -> str | None:
+    """What is wrong with a refusal, which `cepo` prints as one line; a value that is told back is as long as it was."""
+    if len(one_line(message)) > 12_000:
         return f"a message of {len(one_line(message))} characters: {one_line(message)[:200]}"
     return None if message.strip() else "no message"
 

@@ -81,9 +81,9 @@ def ends(arguments: list[str], before: Callable[[], None] = lambda: None) -> tup
 
 
 def one_error(told: str) -> bool:
-    """Whether a command ended with one line that says why, and no more than the run's directory before it."""
-    lines = [line for line in told.splitlines() if not line.startswith("run directory:")]
-    return len(lines) == 1 and lines[0].startswith("cepo: error: ")
+    """Whether a command ended with one line that says why, whatever its bar showed before it."""
+    errors = [line for line in told.splitlines() if line.startswith("cepo: error: ")]
+    return len(errors) == 1 and told.strip().endswith(errors[0]) and "Traceback" not in told
 
 
 def whole_run(run: Path, options: list[str]) -> tuple[Path, float]:

@@ -138,6 +138,7 @@ def test_a_bad_jsonl_file_is_told_by_line(
         (b"magic: 1", ["magic"]),
         (b"train: 3", ["bad.yaml", "train: expected a section, got 3"]),
         (b"train:", ["bad.yaml", "train: expected a section, got None"]),
+        (b"rollout: {temperature: null}", ["rollout.temperature: expected a value, got None"]),
         (b"", ["bad.yaml", "expected sections, got None"]),
         (b"\x89PNG\xff\x00", ["bad.yaml", "expected a YAML file"]),
         (b"resume: runs/x", ["--resume", "on the command line"]),

@@ -462,7 +462,8 @@ def test_an_impossible_token_at_the_lowest_bound_adds_nothing(backend):
     """Its ratio is 0, and so is what -inf times that adds."""
     logits = torch.zeros(2, 5)
     logits[0, 3] = -math.inf
-    out, gradient = run(backend, (logits, None, None, torch.tensor([3, 1]), torch.ones(2)), surrogate="cispo", clip_low=1.0,
-                        old_logprobs=torch.full((2,), -1.0))  # fmt: skip
+    tensors = (logits, None, None, torch.tensor([3, 1]), torch.ones(2))
+    old = torch.full((2,), -1.0)
+    out, gradient = run(backend, tensors, surrogate="cispo", clip_low=1.0, old_logprobs=old)
     assert out.loss.item() == pytest.approx(0.5 * math.exp(1.0 - math.log(5)) * math.log(5), rel=1e-5)
     assert gradient.isfinite().all()
