@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, docs/performance.md and docs/results.md from the files in benchmarks/results.
+"""Writes the tables of README.md and of pages of docs from the files in benchmarks/results.
 
 python benchmarks/readme.py
 """
@@ -306,6 +306,84 @@ def cost() -> str:
     return "\n".join(lines).rstrip()
 
 
+def campaign() -> str:
+    """What was tried, how often, and how often it went wrong."""
+    measured = _measured("reliability.json")
+    tried = {
+        "kills": lambda of: (f"SIGKILL at a random moment; {of['runs']} runs resumed to their end", of["kills"]),
+        "damage": lambda of: (
+            "files of a run damaged, or with code in them",
+            sum(sum(outcomes.values()) for outcomes in of["of"].values()) + len(of["code"]),
+        ),
+        "disk": lambda of: ("a disk that fills up", of["trials"]),
+        "steps": lambda of: ("something not finite, failing or empty in a step", len(of["cases"])),
+        "ops": lambda of: ("random calls of the kernels' ops", of["calls"]),
+        "inputs": lambda of: (
+            "random configs and JSONL files", sum(of["configs"].values()) + sum(of["files"].values())
+        ),
+        "network": lambda of: ("commands where no connection can be made", len(of["commands"])),
+    }  # fmt: skip
+    lines = [f"{_machine(measured)}.", "", "| | tried | wrong |", "|---|---:|---:|"]
+    for part, told in tried.items():
+        if part not in measured:
+            continue
+        what, count = told(measured[part])
+        lines.append(f"| {what} | {count:,} | {len(measured[part]['wrong'])} |")
+    return "\n".join(lines)
+
+
+def killed() -> str:
+    of = _measured("reliability.json").get("kills")
+    if of is None:
+        return "**Not yet measured.**"
+    return _counts("where it was killed", of["where"])
+
+
+def damaged() -> str:
+    of = _measured("reliability.json")["damage"]
+    lines = ["| damaged | what came of it | times |", "|---|---|---:|"]
+    lines += [f"| {name} | {what} | {n} |" for name, outcomes in of["of"].items() for what, n in outcomes.items()]
+    return "\n".join([*lines, *(f"| {name} | {what} | 1 |" for name, what in of["code"].items())])
+
+
+def filled() -> str:
+    return _counts("what could not be written", _measured("reliability.json")["disk"]["where"])
+
+
+def broken() -> str:
+    cases = _measured("reliability.json")["steps"]["cases"]
+    return "\n".join(
+        ["| in a run of 7 steps, from step 3 on | |", "|---|---|", *(f"| {a} | {b} |" for a, b in cases.items())]
+    )
+
+
+def fuzzed() -> str:
+    of: dict[str, Any] = {"inputs": {"configs": {}, "files": {}}} | _measured("reliability.json")
+    rows = {
+        "calls of ops": of["ops"]["outcomes"],
+        "configs": of["inputs"]["configs"],
+        "JSONL files": of["inputs"]["files"],
+    }
+    lines = ["| random | outcome | times |", "|---|---|---:|"]
+    return "\n".join(
+        [*lines, *(f"| {what} | {name} | {n:,} |" for what, counts in rows.items() for name, n in counts.items())]
+    )
+
+
+def resident() -> str:
+    of = _measured("reliability.json")["memory"]
+    return (
+        f"{of['steps']:,} steps in {of['minutes']:g} minutes, the last {of['measured']:,} of them measured: "
+        f"{of['bytes_per_10000_steps'] / 1024:+,.0f} KiB (standard error {of['error'] / 1024:,.0f}) of resident memory "
+        f"per 10,000 steps, beside {of['last'] / 2**20:,.0f} MiB."
+    )
+
+
+def _counts(what: str, counts: dict[str, int]) -> str:
+    lines = [f"| {what} | times |", "|---|---:|"]
+    return "\n".join([*lines, *(f"| {name} | {n} |" for name, n in sorted(counts.items(), key=lambda x: -x[1]))])
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"speed": speed, "gpu": gpu, "learning": learning},
     "docs/performance.md": {
@@ -323,6 +401,15 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "cepo_knobs": partial(worth, "cepo_knobs"),
         "smollm2": partial(worth, "smollm2"),
         "cost": cost,
+    },
+    "docs/reliability.md": {
+        "campaign": campaign,
+        "killed": killed,
+        "damaged": damaged,
+        "filled": filled,
+        "broken": broken,
+        "fuzzed": fuzzed,
+        "resident": resident,
     },
 }
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -87,7 +88,7 @@ def save(
 
     optimizer: its state, of the whole; weights: those of the model, if it does not hold them all itself.
     """
-    path = run / FOLDER / f"step-{step:06d}"
+    path = run / FOLDER / _folder(step)
     from cepo import card  # which reads runs, and so needs what is here
 
     path.parent.mkdir(exist_ok=True)
@@ -106,10 +107,26 @@ def save(
 
 
 def load_state(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Bring the optimizer back to where it was; returns whatever else was saved."""
-    state: dict[str, Any] = torch.load(path / STATE, weights_only=True)
-    load_optimizer(optimizer, state.pop("optimizer"))
+    """Bring the optimizer back to where it was; returns whatever else was saved. Raises InputError if it cannot."""
+    state = _tensors(path / STATE)
+    try:
+        load_optimizer(optimizer, state.pop("optimizer"))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{path / STATE}: expected the state of this model's optimiser, got {one_line(error)}"
+        ) from error
     return state
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    """What a file holds, which is loaded without running any code that it brings. Raises InputError."""
+    try:
+        held: dict[str, Any] = torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as error:  # whose text says how to run it all the same
+        raise InputError(f"{path}: expected tensors and plain values alone, got a pickle of something else") from error
+    except Exception as error:  # whatever the format's reader stumbles over
+        raise InputError(f"{path}: expected tensors and plain values alone, got {one_line(error)[:200]}") from error
+    return held
 
 
 def save_teacher(run: Path, model: Any) -> list[Any]:
@@ -125,8 +142,7 @@ def load_teacher(run: Path, written: list[Any]) -> dict[str, Tensor]:
     if not path.is_file() or _digest(path) != written:
         got = "another file" if path.is_file() else "none"
         raise InputError(f"{path}: expected the fixed teacher as it was saved, got {got}")
-    weights: dict[str, Tensor] = torch.load(path, weights_only=True)
-    return weights
+    return _tensors(path)
 
 
 def step_of(path: Path) -> int:
@@ -250,12 +266,18 @@ def _damage(path: Path) -> str | None:
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or STATE not in files or not isinstance(manifest.get("step"), int):
         return f"{MANIFEST}: expected a step and files"
+    if path.name.startswith("step-") and path.name != _folder(manifest["step"]):
+        return f"{MANIFEST}: expected the step of {path.name}, got {manifest['step']}"
     for name, written in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
         if _digest(path / name) != written:
             return f"{name} has changed"
     return None
+
+
+def _folder(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def _digest(path: Path) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from cepo import checkpoint
 from cepo.errors import InputError, one_line
 
 FILE = "metrics.jsonl"
+
+logger = logging.getLogger("cepo")
 
 
 class Clock:
@@ -55,17 +58,23 @@ def append(run: Path, record: dict[str, Any]) -> None:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All whole records; a line that a crash cut short is left out."""
-    records = []
-    for line in (run / FILE).read_bytes().splitlines() if (run / FILE).exists() else []:
-        try:
-            record = json.loads(line.decode())
-        except ValueError:
-            break
-        if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
-            break
-        records.append(record)
-    return records
+    """All whole records. A last line that a crash cut short is left out, one before it with a warning."""
+    lines = (run / FILE).read_bytes().splitlines() if (run / FILE).exists() else []
+    records = [_record(line) for line in lines]
+    if damaged := [number for number, record in enumerate(records[:-1], 1) if record is None]:
+        logger.warning(
+            "%s: left out %d lines that are no records, the first is %d", run / FILE, len(damaged), damaged[0]
+        )
+    return [record for record in records if record is not None]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
+    return record if whole else None
 
 
 def cut_back(run: Path, step: int | None) -> None:

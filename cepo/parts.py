@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -191,7 +192,7 @@ def roll_out(parts: Parts, problems: Sequence[Problem], key: tuple[int, int]) ->
 def score(
     parts: Parts, rollouts: Rollouts, reward: Callable[..., list[float | None]] | None = None
 ) -> list[float | None]:
-    """The reward of every rollout, or what `reward` gives it; each process scores its share of the groups."""
+    """The reward of every rollout, or what `reward` gives it, NaN as None; each process scores its share of groups."""
     function, many, size = reward or parts.reward, parts.processes, rollouts.group_size
     groups = many.share(len(rollouts.problems))
     mine = slice(groups.start * size, groups.stop * size)
@@ -203,7 +204,8 @@ def score(
         return function(prompts, rollouts.completions[mine], rollouts.responses[mine], **columns) if prompts else []
 
     with nullcontext() if function is verifier else whole(parts.policy.model):
-        return [value for values in many.gather("rewards", scored) for value in values]
+        values = [value for part in many.gather("rewards", scored) for value in part]
+    return [None if value is None or math.isnan(value) else value for value in values]
 
 
 def judge(parts: Parts, rollouts: Rollouts) -> list[float | None]:

@@ -91,7 +91,9 @@ def load_policy(config: PolicyConfig) -> Policy:
     named = resolve(config.model)
     base = adapters.base_of(named)
     source = named if base is None else base
-    options: dict[str, Any] = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
+    # Of a model that brings code none is run, and nobody is asked to let it.
+    options: dict[str, Any] = {"trust_remote_code": False}
+    options |= {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
     try:
         shape = AutoConfig.from_pretrained(source, **options)  # the cheapest way to learn that there is nothing to load
         auto, tokenizer = auto_classes(named, shape, **options)

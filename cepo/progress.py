@@ -34,7 +34,9 @@ def follow(records: Iterable[dict[str, Any]], steps: int, done: int = 0) -> None
             if record["skipped_updates"] and not warned:
                 warned = True
                 # metrics.jsonl counts them all
-                bar.write(f"warning: step {step}: the gradient is not finite, its update is skipped", file=sys.stderr)
+                bar.write(
+                    f"warning: step {step}: {record['not_finite']} not finite, its update is skipped", file=sys.stderr
+                )
             if step == steps or step % max(1, steps // _LINES) == 0:
                 width = shutil.get_terminal_size().columns
                 bar.write(textwrap.fill(summary(record), width, subsequent_indent=" " * 11), file=sys.stderr)

@@ -132,6 +132,11 @@ def norm(value: Tensor) -> float:
     return float(whole_norm.full_tensor() if hasattr(value, "full_tensor") else whole_norm)
 
 
+def broken_weight(model: nn.Module) -> str | None:
+    """The name of a weight of which this process has NaN or infinity; None: of none."""
+    return next((name for name, p in model.named_parameters() if not _to_local(p).isfinite().all()), None)
+
+
 def _to_local(tensor: Any) -> Tensor:
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part

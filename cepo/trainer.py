@@ -70,7 +70,12 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
         many.first("metrics", lambda: metrics.append(run, line))
         return line
 
+    def check_weights(step: int) -> None:
+        if name := sharding.broken_weight(parts.policy.model):
+            raise InputError(f"step {step} is not saved: weight {name} is not finite; what was saved before stays")
+
     def save(step: int) -> int:
+        many.together("checkpoint", partial(check_weights, step))
         policy, state = parts.policy, {"advantage": parts.adaptive.state} if parts.adaptive else {}
         state |= parts.self_teacher.state() if parts.self_teacher else {}
         state |= {"weights": sharding.weights(policy.model)}
@@ -78,7 +83,7 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
         many.first("checkpoint", lambda: checkpoint.save(*written, config.checkpoint.keep, **state))
         return step
 
-    saved = done
+    saved, skipped = done, 0
     try:
         if start is None:
             yield record("eval", 0, evaluate(parts))
@@ -87,6 +92,12 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
             done = step
             yield record("train", step, values)
             many.together("tokens", recorder.write if recorder else nothing)
+            skipped = skipped + 1 if values["skipped_updates"] else 0
+            if skipped == config.train.max_skipped != 0:
+                raise InputError(
+                    f"step {step}: {values['not_finite']} not finite, {skipped} steps in a row skipped "
+                    f"(train.max_skipped); `cepo train --resume {run}` continues from what was saved"
+                )
             last = step == config.train.steps
             if last or (config.eval.every and step % config.eval.every == 0):
                 yield record("eval", step, evaluate(parts))

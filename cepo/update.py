@@ -20,7 +20,7 @@ from cepo.metrics import Clock, mean
 from cepo.parts import Parts
 from cepo.policy import divergence_op, loss_op, response_states, token_op
 from cepo.rollout import Rollouts
-from cepo.sharding import forward, is_sharded, norm, whole
+from cepo.sharding import broken_weight, forward, is_sharded, norm, whole
 from cepo.teacher import NO_TEACHERS, Teachers, teacher_states
 from cepo_kernels import ContrastiveLogprobs, PolicyLoss
 
@@ -123,6 +123,8 @@ def update(
     Credit and old log-probs come from the first round; later rounds move the same token advantages. Each pass is one
     kernel call, which leaves the loss and the gradient of the logits. Returns the tokens' statistics, packed, rollout
     after rollout, with NaN where there is none; and the update's own.
+
+    A round in which logits, loss or gradient are not finite moves nothing, and ends the update.
     """
     config, model, many = parts.config, parts.policy.model, parts.processes
     everyone = list(range(len(batch.rollouts.responses)))
@@ -137,9 +139,9 @@ def update(
     one_pass: Callable[..., Any] = distillation_loss if parts.distillation else policy_loss
     teacher = parts.self_teacher and parts.self_teacher.model
     behaviour: list[Any] = []
-    losses, norms, clipped, skipped = [], [], [torch.zeros(1)], 0
+    losses, norms, clipped, skipped, broken = [], [], [torch.zeros(1)], 0, None
 
-    def one_round(round_: int) -> float:
+    def one_round(round_: int) -> tuple[float, bool]:
         loss = 0.0
         for number, (rows, acts, of) in enumerate(passes):
             before = None if round_ == 0 else behaviour[number]
@@ -155,27 +157,46 @@ def update(
                 loss += result.loss.item()
             if acts:
                 clipped.append(result.clipped.float().cpu())
-        return loss
+        # Only a row without a distribution has no entropy, and a loss may have left that row out.
+        return loss, any(bool(values["entropy"].isnan().any()) for _, values in found)
 
     for round_ in range(config.train.updates_per_batch):
         optimizer.zero_grad()
-        losses.append(sum(many.gather("update", partial(one_round, round_), exchanges=is_sharded(model))))
-        if active.any():  # a batch in which every group agrees says nothing, and must not move the weights either
+        rounds = many.gather("update", partial(one_round, round_), exchanges=is_sharded(model))
+        losses.append(sum(loss for loss, _ in rounds))
+        acts = bool(active.any())
+        if acts:  # a batch in which every group agrees says nothing, and must not move the weights either
             with clock.phase("update"):
                 if not is_sharded(model):
                     many.sum_gradients(model)
                 norms.append(norm(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)))
-                if math.isfinite(norms[-1]):
-                    optimizer.step()
-                    if parts.self_teacher:
-                        parts.self_teacher.follow(model)
-                else:
-                    skipped += 1
+        if broken := not_finite(model, any(lost for _, lost in rounds), losses[-1], norms[-1:]):
+            skipped = config.train.updates_per_batch - round_  # the weights have not moved: the next would be the same
+            break
+        if acts:
+            with clock.phase("update"):
+                optimizer.step()
+                if parts.self_teacher:
+                    parts.self_teacher.follow(model)
     told = many.gather("tokens", lambda: (found, torch.cat(clipped)[1:]))
     for rows, values in (entry for entries, _ in told for entry in entries):
         _scatter(tokens, values, torch.isin(owner, torch.tensor(rows)))
-    statistics = {"loss": losses[0], "gradient_norm": norms[0] if norms else 0.0, "skipped_updates": skipped}
-    return tokens, {**statistics, "ratio_clipped": mean(torch.cat([part for _, part in told])) or 0.0}
+    statistics = {"loss": losses[0], "gradient_norm": norms[0] if norms else 0.0}
+    return tokens, {
+        **{name: value if math.isfinite(value) else None for name, value in statistics.items()},
+        "skipped_updates": skipped,
+        **({} if broken is None else {"not_finite": broken}),
+        "ratio_clipped": mean(torch.cat([part for _, part in told])) or 0.0,
+    }
+
+
+def not_finite(model: Any, lost: bool, loss: float, norms: list[float]) -> str | None:
+    """What of a round is NaN or infinite, the cause before its effects; None: nothing. `lost`: some of the logits."""
+    if not lost and all(map(math.isfinite, (loss, *norms))):
+        return None
+    if weight := broken_weight(model):
+        return f"weight {weight}"
+    return "logits" if lost else "gradient" if math.isfinite(loss) else "loss"
 
 
 def passes_for(parts: Parts, batch: Batch, active: Tensor) -> list[tuple[list[int], bool, Batch]]:

@@ -68,6 +68,18 @@ def check_labels(labels: Tensor) -> None:
 def check_ignore_index(ignore_index: int) -> None:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
         raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    _fits("ignore_index", ignore_index)
+
+
+def _fits(name: str, value: int) -> None:
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"{name}: expected an int of 64 bits, got {value:.3g}")
+
+
+def check_backend(backend: str) -> None:
+    """A name; whether there is such a backend is told by the choice."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected a name, got {type(backend).__name__}")
 
 
 def check_row_values(name: str, value: Tensor | None, labels: Tensor, *, boolean: bool = False) -> None:
@@ -103,13 +115,18 @@ def scalar(name: str, value: float | Tensor, labels: Tensor | None = None) -> Te
     if isinstance(value, Tensor):
         if value.ndim != 0:
             raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"{name}: expected a number or a 0-d tensor of one, got {value.dtype}")
         _near(name, value, labels)
         return value.detach()
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(value).__name__}")
     if torch.compiler.is_compiling():
         return torch.zeros((), dtype=torch.float64) + value
-    return torch.full((), value, dtype=torch.float64)
+    try:
+        return torch.full((), value, dtype=torch.float64)
+    except (OverflowError, RuntimeError):
+        raise ValueError(f"{name}: expected a number that float64 can hold, got a larger one") from None
 
 
 def row_options(
@@ -240,6 +257,8 @@ def check_divergence(kind: str, top_k: int | None) -> None:
         raise TypeError(f"top_k: expected an int or None, got {type(top_k).__name__}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: expected at least 1, got {top_k}")
+    if top_k is not None:
+        _fits("top_k", top_k)
 
 
 def check_divergence_values(beta: float, clip: float | None) -> None:
@@ -257,7 +276,7 @@ def check_in_place(policy: Tensor, teachers: dict[str, Tensor | None], whose: st
         raise ValueError(f"inplace_grad: {whose} is {what}, whose values the gradient would overwrite")
     reach = 0  # of the dimensions within
     for size, stride in sorted(zip(policy.shape, policy.stride(), strict=True), key=lambda pair: pair[1]):
-        if size > 1:
+        if size > 1 and policy.numel():
             if stride <= reach:
                 raise ValueError(f"inplace_grad: {whose} is an expanded tensor, whose rows share memory")
             reach += (size - 1) * stride

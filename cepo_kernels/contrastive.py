@@ -148,7 +148,7 @@ def run_rows(
         needs_gradient = torch.is_grad_enabled() and policy.requires_grad
         in_place = inplace_grad and needs_gradient and not torch.compiler.is_compiling()
         if in_place:
-            checks.check_in_place(policy, {names[1]: positive, names[2]: negative})
+            checks.check_in_place(policy, {names[1]: positive, names[2]: negative}, names[0])
         meeting.bring([policy, positive, negative], policy.shape[-1], **arguments)
     teachers = (None if x is None else meeting.true(x).detach() for x in (positive, negative))
     run: Any = _InPlace.apply if in_place else ops.forward

@@ -67,6 +67,7 @@ def divergence(
         TypeError, ValueError: an argument is malformed; the message says which, what was expected and what came.
         RuntimeError: a named backend cannot run here, or a second backward.
     """
+    checks.check_backend(backend)
     checks.check_pair(student_logits, teacher_logits)
     rows = student_logits[..., 0]
     arguments = (
@@ -124,6 +125,7 @@ def linear_divergence(
         TypeError, ValueError: an argument is malformed; the message says which, what was expected and what came.
         RuntimeError: a named backend cannot run here.
     """
+    checks.check_backend(backend)
     if not isinstance(student_hidden, Tensor) or student_hidden.ndim == 0:
         got = type(student_hidden).__name__ if not isinstance(student_hidden, Tensor) else "a 0-d one"
         raise TypeError(f"student_hidden: expected a tensor (..., H), got {got}")

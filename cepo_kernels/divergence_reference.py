@@ -66,6 +66,10 @@ def top_k_divergence(
     student: Tensor, teacher: Tensor, order: Tensor, kind: str, beta: float, clip: float | None, top_k: int
 ) -> Divergence:
     """The same over the ``top_k`` largest of ``order`` (N, V), the first of equals, and one bucket of the others."""
+    student, teacher = (
+        _from_the_top(student),
+        _from_the_top(teacher),
+    )  # or a bucket at -1e38 could not say how many it holds
     chosen = order.sort(stable=True, dim=1, descending=True).indices[:, :top_k]
     tails = [x.scatter(1, chosen, -torch.inf) for x in (student, teacher)]
     entries = [
@@ -81,6 +85,11 @@ def _logsumexp(x: Tensor) -> Tensor:
     top = x.amax(1, keepdim=True)
     origin = torch.where(top == -torch.inf, 0.0, top)
     return origin + row_sum((x - origin).exp()).log().unsqueeze(1)
+
+
+def _from_the_top(x: Tensor) -> Tensor:
+    top = x.amax(1, keepdim=True)
+    return x - torch.where(top == -torch.inf, 0.0, top)
 
 
 def _log_softmax(x: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ class Call:
         policy = self.contexts[0]
         assert policy is not None
         self.backend = backends.choose(backend, policy.device.type, dtype)
-        self.policy, self.products = policy, Products(head, policy, logits_dtype, self.backend)
+        others = [x for x in self.contexts[1:] if x is not None]
+        self.policy, self.products = policy, Products(head, policy, logits_dtype, self.backend, others)
         self.labels = row_values(labels, shape, torch.int64)
         self.advantages, self.mask = row_values(advantages, shape, dtype), row_values(negative_mask, shape, torch.bool)
         self.lam, self.eps_w = lam, eps_w
@@ -384,6 +385,8 @@ def _backward_forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, .
                 column = values.reshape(-1, 1)
                 term = torch.where(column == 0, 0.0, slopes * column)
                 grad_hidden = term if grad_hidden is None else grad_hidden + term
+            elif values is not None and not values.numel():
+                grad_hidden = values
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(ctx.dtype).view(ctx.shape)
     elif any(values is not None for values in upstream):

@@ -6,7 +6,7 @@ the product; or in 16 bits, rounded as a linear layer rounds them, where a calle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -55,13 +55,16 @@ class Products:
     of the vocabulary the widest decides on chunks, and gradients of hidden states are summed over the ranks."""
 
     def __init__(
-        self, head: Head, hidden: Tensor, logits_dtype: torch.dtype | None, backend: Backend | None = None
-    ) -> None:
+        self, head: Head, hidden: Tensor, logits_dtype: torch.dtype | None, backend: Backend | None = None,
+        others: Sequence[Tensor] = (),
+    ) -> None:  # fmt: skip
         self.head = head
         self.sharded = cast("Sharded | None", backend if hasattr(backend, "shard") else None)
         self.result = result_dtype(hidden, head.weight, logits_dtype)
         self.sums = torch.promote_types(self.result, torch.float32)  # of what is added up chunk by chunk
-        sixteen = hidden.dtype == head.weight.dtype and hidden.dtype.itemsize == 2 and self.result != torch.float64
+        # A context of more digits than the policy's has to keep them.
+        alike = {x.dtype for x in (hidden, *others, head.weight)} == {hidden.dtype}
+        sixteen = alike and hidden.dtype.itemsize == 2 and self.result != torch.float64
         inner = self.sharded.inner if self.sharded else backend
         product = getattr(inner, "product", None)
         native = sixteen and hidden.dtype == torch.bfloat16 and self.result != torch.float16 and hidden.is_cpu

@@ -70,6 +70,7 @@ class Meeting:
 
         Of a shared tensor with one more dimension than the labels, hidden states, the scored rows count.
         """
+        checks.check_backend(self.backend)
         if self.group is None:
             return
         for name, value in (("vocab_size", self.vocab_size), ("vocab_start", self.vocab_start)):

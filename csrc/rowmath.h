@@ -115,7 +115,7 @@ CEPO_HD LossTerm loss_term(float logprob, double entropy, double advantage, doub
     LossTerm out{0.0, static_cast<float>(ratio), below || above, 0.0, 0.0};
     if (advantage != 0.0) {
         const double pull = -weight * used * advantage;
-        out.loss = o.cispo ? pull * lp : pull;
+        out.loss = o.cispo ? times(pull, lp) : pull;
         out.g = out.clipped && !o.cispo ? 0.0 : pull;
     }
     if (o.kl_coef != 0.0) {

@@ -138,6 +138,7 @@ def test_a_bad_jsonl_file_is_told_by_line(
         (b"magic: 1", ["magic"]),
         (b"train: 3", ["bad.yaml", "train: expected a section, got 3"]),
         (b"train:", ["bad.yaml", "train: expected a section, got None"]),
+        (b"rollout: {temperature: null}", ["rollout.temperature: expected a value, got None"]),
         (b"", ["bad.yaml", "expected sections, got None"]),
         (b"\x89PNG\xff\x00", ["bad.yaml", "expected a YAML file"]),
         (b"resume: runs/x", ["--resume", "on the command line"]),
@@ -312,7 +313,7 @@ def record(step: int, **changes: Any) -> dict[str, Any]:
 
 def test_progress_fits_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    follow([record(step, skipped_updates=step > 41) for step in range(41, 61)], 60, done=40)
+    follow([record(step, skipped_updates=step > 41, not_finite="loss") for step in range(41, 61)], 60, done=40)
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
     assert max(map(len, lines)) <= 80
     bars = [line for line in lines if "/60 [" in line]
@@ -324,7 +325,7 @@ def test_progress_fits_the_terminal(capsys: pytest.CaptureFixture[str], monkeypa
     for word in ("lam 0.25", "ev+ 0.25", "ev- 0.25", "clip 0.25", "H 0.250", "tok/s 10000", "rollout 50%"):
         assert sum(word in line for line in lines) == 7
     (warning,) = [line for line in lines if line.startswith("warning: step 42")]
-    assert "not finite" in warning
+    assert "loss not finite" in warning
 
 
 def test_a_wrong_backend_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

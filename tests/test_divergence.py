@@ -204,6 +204,30 @@ def test_rows_far_apart(backend, how):
     check(backend, student, teacher, top_k=20, **how)
 
 
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("how", VARIANTS[:4], ids=str)
+def test_a_wholly_masked_row_is_uniform(backend, how, cut):
+    """Where every logit is the lowest number, its logsumexp in any precision is that number again."""
+    if backend.startswith(("triton", "cuda", "emulated")):
+        pytest.xfail("the GPU kernels take the logsumexp itself, and the row's size is lost")
+    student, level = pair()[0], torch.zeros(ROWS, 900)
+    for fill in (torch.finfo(torch.float32).min, -1e30):
+        masked = torch.full_like(level, fill)
+        for one, other, like in ((student, masked, (student, level)), (masked, student, (level, student))):
+            values, gradient = run(backend, one, other, **how, **cut)
+            want, slope = run(backend, *like, **how, **cut)
+            oracle.assert_close(values, want.numpy(), 2 * oracle.RELATIVE)
+            torch.testing.assert_close(gradient, slope, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("how", VARIANTS[:4], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_rows_of_distant_levels(backend, dtype, how):
+    """Whose difference float32 cannot hold: one row level at -9984, as only level rows have digits there."""
+    student, teacher = torch.full((ROWS, 900), -9984.0), 0.1 * pair()[1]
+    check(backend, student.to(dtype), teacher.to(dtype), **how)
+
+
 @pytest.mark.parametrize("how", VARIANTS[:4], ids=str)
 @pytest.mark.parametrize("cut", [{}, {"clip": 0.02}, {"top_k": 20}], ids=str)
 @pytest.mark.parametrize("broken", [math.nan, math.inf, None])

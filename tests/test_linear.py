@@ -225,6 +225,23 @@ def test_without_a_scored_row_everything_is_zero_and_attached(rows):
     assert not weight.grad.any()
 
 
+def test_without_a_row_a_frozen_heads_hidden_states_are_attached():
+    hidden, weight, _, _, _ = inputs()
+    policy = hidden[0][:0].clone().requires_grad_()
+    out = linear_token_logprobs(policy, weight, torch.zeros(0, dtype=torch.long), return_entropy=True)
+    (out.logprobs.sum() + out.entropy.sum()).backward()
+    assert policy.grad.shape == policy.shape
+
+
+def test_a_teacher_of_more_digits_keeps_them():
+    """Beside a policy and a head in bfloat16, whose products need not upcast where there are some of that dtype."""
+    hidden, weight, _, labels, advantages = inputs()
+    narrow = weight.bfloat16()
+    out = linear_contrastive_logprobs(hidden[0].bfloat16(), hidden[1], hidden[2].bfloat16(), narrow, labels, advantages)
+    want = linear_token_logprobs(hidden[1].double(), narrow.double(), labels)
+    torch.testing.assert_close(out.positive_logprobs.double(), want.logprobs, rtol=1e-5, atol=1e-5)
+
+
 def test_autocast_casts_as_for_a_linear_layer():
     hidden, weight, _, labels, _ = inputs()
     policy = hidden[0].clone().requires_grad_()

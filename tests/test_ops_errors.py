@@ -96,6 +96,12 @@ MALFORMED = [
     ({"logit_scale": torch.ones((), device="meta")}, ValueError, "logit_scale: expected a 0-d .* on cpu, .* on meta"),
     ({"advantages": torch.ones((), device="meta")}, ValueError, "advantages: expected a 0-d .* on cpu, .* on meta"),
     ({"ignore_index": None}, TypeError, "ignore_index: expected an int, got None"),
+    ({"ignore_index": 2**70}, ValueError, r"ignore_index: expected an int of 64 bits, got 1.18e\+21"),
+    ({"lam": 10**400}, ValueError, "lam: expected a number that float64 can hold, got a larger one"),
+    ({"lam": torch.tensor(1j)}, TypeError, "lam: expected a number .*, got torch.complex64"),
+    ({"lam": torch.tensor(True)}, TypeError, "lam: expected a number .*, got torch.bool"),
+    ({"backend": None}, TypeError, "backend: expected a name, got NoneType"),
+    ({"backend": []}, TypeError, "backend: expected a name, got list"),
     ({"ignore_index": 3.5}, TypeError, "ignore_index: expected an int, got 3.5"),
     ({"eps_w": 1.0}, ValueError, r"eps_w: expected a number in \[0, 1\), got 1.0"),
     ({"eps_w": "half"}, TypeError, "eps_w: .*got str"),
@@ -134,6 +140,21 @@ def test_the_single_tensor_op_names_its_own_arguments():
         cepo_kernels.token_logprobs(torch.zeros(2, 3, 5), labels, temperature=torch.ones(2))
     with pytest.raises(ValueError, match=r"^labels: .*got 5"):
         cepo_kernels.token_logprobs(torch.zeros(2, 3, 5), labels + 5)
+    shared = torch.zeros(1, 1, 5, requires_grad=True).mul(1).expand(2, 3, 5)
+    with pytest.raises(ValueError, match=r"^inplace_grad: logits is an expanded tensor"):
+        cepo_kernels.token_logprobs(shared, labels, inplace_grad=True)
+    nothing = torch.zeros(2, 0, 1, requires_grad=True) * 1  # of which no two rows share anything
+    cepo_kernels.token_logprobs(nothing, labels[:, :0], inplace_grad=True).logprobs.sum().backward()
+    for op in (cepo_kernels.divergence, cepo_kernels.linear_divergence):
+        with pytest.raises(TypeError, match=r"^backend: expected a name, got int"):
+            op(
+                torch.zeros(2, 5),
+                torch.zeros(2, 5),
+                *[torch.zeros(3, 5)] * (op is not cepo_kernels.divergence),
+                backend=3,
+            )
+    with pytest.raises(ValueError, match=r"^top_k: expected an int of 64 bits"):
+        cepo_kernels.divergence(torch.zeros(2, 5), torch.zeros(2, 5), top_k=2**70)
 
 
 @pytest.mark.parametrize("label", [5, -1, -99, 2**31, 2**40, -(2**40)])

@@ -456,3 +456,14 @@ def test_the_op_is_registered_as_torch_wants_it(backend):
 
 def test_it_is_listed():
     assert "contrastive_policy_loss" in cepo_kernels.backend_report().chosen
+
+
+def test_an_impossible_token_at_the_lowest_bound_adds_nothing(backend):
+    """Its ratio is 0, and so is what -inf times that adds."""
+    logits = torch.zeros(2, 5)
+    logits[0, 3] = -math.inf
+    tensors = (logits, None, None, torch.tensor([3, 1]), torch.ones(2))
+    old = torch.full((2,), -1.0)
+    out, gradient = run(backend, tensors, surrogate="cispo", clip_low=1.0, old_logprobs=old)
+    assert out.loss.item() == pytest.approx(0.5 * math.exp(1.0 - math.log(5)) * math.log(5), rel=1e-5)
+    assert gradient.isfinite().all()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, get_args, get_type_hints
 
 from cepo import axes
 from cepo.config.checks import require
@@ -98,6 +99,11 @@ class Config:
 
     def check(self) -> Config:
         """Fill in what depends on a method's name. Raises InputError, in one line, for the first bad value."""
+        for section in fields(self):
+            part: Any = getattr(self, section.name)
+            for name, hint in get_type_hints(type(part)).items() if is_dataclass(part) else ():
+                given = getattr(part, name) is not None or type(None) in get_args(hint)
+                require(given, f"{section.name}.{name}", "a value", None)
         for part in (self.policy, self.rollout, self.teacher, self.reward, self.advantage, self.credit,
                      self.rredcot, self.loss, self.train, self.eval, self.checkpoint, self.report,
                      self.log):  # fmt: skip

@@ -175,6 +175,8 @@ class TrainConfig:
         weight_decay: AdamW's.
         max_grad_norm: gradients are scaled down to this norm.
         updates_per_batch: optimiser steps on each batch of rollouts.
+        max_skipped: steps in a row that may be skipped, as something in them is not finite, before the run saves its
+            state and ends; 0: any number.
         prompts_per_pass: groups in one forward and backward pass of a process, gradients adding up; 0: all.
         gradient_checkpointing: keep each layer's input alone and compute the rest twice.
         seed: of the problems and the sampling noise.
@@ -186,6 +188,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     updates_per_batch: int = 1
+    max_skipped: int = 3
     prompts_per_pass: int = 0
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -194,7 +197,7 @@ class TrainConfig:
         require(0 < self.lr < float("inf"), "train.lr", "a number above 0", self.lr)
         require(self.max_grad_norm > 0, "train.max_grad_norm", "a number above 0", self.max_grad_norm)
         for name, least in (("steps", 1), ("warmup_steps", 0), ("weight_decay", 0), ("updates_per_batch", 1),
-                            ("prompts_per_pass", 0)):  # fmt: skip
+                            ("max_skipped", 0), ("prompts_per_pass", 0)):  # fmt: skip
             value = getattr(self, name)
             require(value >= least, f"train.{name}", f"at least {least}", value)
         check_seed("train.seed", self.seed)

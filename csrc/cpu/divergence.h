@@ -208,7 +208,9 @@ struct Pair {
         if (plain && (is_kl() ? run_plainly(pair) : d.beta == 0.5 && run_evenly(pair))) return;
         if (d.vocabulary == 1) return run_slowly();  // exactly 0
         if (transform.capped || d.clip < INFINITY) return run_fast<kEverything>(student.sum, teacher.sum);
-        const bool narrow = d.student.dtype != Dtype::kFloat32 && d.teacher.dtype != Dtype::kFloat32;
+        // Of rows far apart the difference of 16-bit logits is rounded as well, by up to 2^-25 of it.
+        const bool narrow = d.student.dtype != Dtype::kFloat32 && d.teacher.dtype != Dtype::kFloat32 &&
+                            fabs(teacher.sum.c - student.sum.c) <= 16.0;
         narrow ? run_fast<kExactDifferences>(student.sum, teacher.sum)
                : run_fast<kNoCapNoClip>(student.sum, teacher.sum);
     }
@@ -314,11 +316,19 @@ struct Pair {
         return top + log(total);
     }
 
+    // A row's largest logit, from which the slow ways measure: at -1e38 a logsumexp cannot say how many it is of.
+    double origin_of(const Logits& logits) const {
+        double top = -INFINITY;
+        for (int64_t j = 0; j < d.vocabulary; ++j) top = fmax(top, natural(logit(logits, j)));
+        return top == -INFINITY ? 0.0 : top;
+    }
+
     void run_slowly() {
         double *const students = room<double>(d.vocabulary), *const teachers = room<double>(d.vocabulary);
+        const double student_top = origin_of(d.student), teacher_top = origin_of(d.teacher);
         for (int64_t j = 0; j < d.vocabulary; ++j) {
-            students[j] = natural(logit(d.student, j));
-            teachers[j] = natural(logit(d.teacher, j));
+            students[j] = natural(logit(d.student, j)) - student_top;
+            teachers[j] = natural(logit(d.teacher, j)) - teacher_top;
         }
         put_value(solve(d.vocabulary, students, teachers));
         if (!writes) return;
@@ -330,13 +340,15 @@ struct Pair {
         const int64_t k = d.top_k;
         double *const students = room<double>(k + 1), *const teachers = room<double>(k + 1);
         double* const slopes = room<double>(k);
+        const double student_top = slow ? origin_of(d.student) : 0.0, teacher_top = slow ? origin_of(d.teacher) : 0.0;
         for (int64_t i = 0; i < k; ++i) {
             const float x = logit(d.student, chosen[i].column);
-            students[i] = natural(x), teachers[i] = natural(logit(d.teacher, chosen[i].column));
+            students[i] = natural(x) - student_top;
+            teachers[i] = natural(logit(d.teacher, chosen[i].column)) - teacher_top;
             slopes[i] = weight * transform.chain * cap_slope(x);
         }
         if (slow) {
-            students[k] = slow_bucket(d.student), teachers[k] = slow_bucket(d.teacher);
+            students[k] = slow_bucket(d.student, student_top), teachers[k] = slow_bucket(d.teacher, teacher_top);
         } else {
             students[k] = (student.c + log2(student.s)) * kLn2, teachers[k] = (teacher.c + log2(teacher.s)) * kLn2;
             if (student.s > 0.0 && teacher.s > 0.0) {
@@ -355,7 +367,7 @@ struct Pair {
         } else if (slow) {
             put_columns([&](int64_t j) {
                 const float x = logit(d.student, j);
-                return factor * cap_slope(x) * exp(natural(x) - bucket);
+                return factor * cap_slope(x) * exp(natural(x) - student_top - bucket);
             });
         } else {
             const Levels l(transform, student, student, 0.0, d);
@@ -374,14 +386,14 @@ struct Pair {
                 narrow(static_cast<float>(slopes[i] * students[i]), writable(x)[chosen[i].column]);
         });
     }
-    double slow_bucket(const Logits& logits) {
+    double slow_bucket(const Logits& logits, double top) {
         double* const others = room<double>(d.vocabulary);
         int64_t count = 0, next = 0;
         for (int64_t j = 0; j < d.vocabulary; ++j) {
             if (next < d.top_k && chosen[next].column == j) {
                 ++next;
             } else {
-                others[count++] = natural(logit(logits, j));
+                others[count++] = natural(logit(logits, j)) - top;
             }
         }
         return logsumexp(count, others);
