@@ -101,9 +101,14 @@ def save(
         torch.save({"optimizer": optimizer, **state}, temporary / STATE)
         files = {str(file.relative_to(temporary)): _digest(file) for file in _files(temporary)}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+    drop_old(run, keep)
+    return path
+
+
+def drop_old(run: Path, keep: int) -> None:
+    """Delete all checkpoints but the `keep` newest."""
     for old in all_of(run)[:-keep]:
         shutil.rmtree(old)
-    return path
 
 
 def load_state(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

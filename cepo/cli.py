@@ -216,7 +216,13 @@ def _train_in(many: Alone, arguments: list[str]) -> int:
             done = 0 if start is None else checkpoint.step_of(start)
             many.together("options", lambda: _check_resumed(config, path, done))
             if config.train.steps == done:
-                many.first("end", lambda: print(f"nothing to do: {run} has all {done} steps", file=sys.stderr))
+
+                def end() -> None:  # what a run does after its last save, in case it was killed there
+                    checkpoint.drop_old(path, config.checkpoint.keep)
+                    curves.draw(path)
+                    print(f"nothing to do: {run} has all {done} steps", file=sys.stderr)
+
+                many.first("end", end)
                 return 0
 
         def loaded() -> Parts:

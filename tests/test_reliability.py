@@ -149,6 +149,18 @@ def test_a_damaged_line_of_metrics_costs_that_line_alone(tmp_path: Path, caplog:
     assert "left out 1 lines that are no records, the first is 2" in caplog.text
 
 
+def test_a_run_killed_after_its_last_save_is_tidied_by_the_next_command(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "--run_dir", str(run), "--checkpoint.keep", "1", *QUICK]) == 0
+    last = checkpoint.all_of(run)[-1]
+    shutil.copytree(last, last.with_name("step-000000"))
+    (run / "curves.png").rename(run / ".curves.png.partial")
+    assert main(["train", "--resume", str(run)]) == 0
+    assert checkpoint.all_of(run) == [last]
+    assert (run / "curves.png").exists()
+    assert not list(run.glob(".*.partial"))
+
+
 def test_no_command_asks_a_network_for_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
 
