@@ -66,7 +66,12 @@ def poisoned() -> Iterator[None]:
         yield
 
 
+# Some of theirs take minutes: first, or one of several workers would be left alone with them at the end.
+SLOW = ("test_cuda_sanitized.py", "test_triton.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in SLOW)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -187,4 +187,5 @@ def test_records_that_are_explained_are_written() -> None:
     assert len(explained) >= 10
     config = Config(reward=RewardConfig("cross_model_entropy"), rollout=RolloutConfig(prompts=4, group_size=4)).check()
     parts = load_parts(config)
-    assert explained <= set(trainer.train_step(parts, trainer.make_optimizer(parts), 1))
+    # A step in which all is finite does not say what is not.
+    assert explained - {"not_finite"} <= set(trainer.train_step(parts, trainer.make_optimizer(parts), 1))
