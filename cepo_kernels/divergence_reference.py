@@ -66,10 +66,8 @@ def top_k_divergence(
     student: Tensor, teacher: Tensor, order: Tensor, kind: str, beta: float, clip: float | None, top_k: int
 ) -> Divergence:
     """The same over the ``top_k`` largest of ``order`` (N, V), the first of equals, and one bucket of the others."""
-    student, teacher = (
-        _from_the_top(student),
-        _from_the_top(teacher),
-    )  # or a bucket at -1e38 could not say how many it holds
+    # From their tops, or a bucket at -1e38 could not say how many it holds.
+    student, teacher = student - _origin(student), teacher - _origin(teacher)
     chosen = order.sort(stable=True, dim=1, descending=True).indices[:, :top_k]
     tails = [x.scatter(1, chosen, -torch.inf) for x in (student, teacher)]
     entries = [
@@ -82,14 +80,14 @@ def top_k_divergence(
 
 def _logsumexp(x: Tensor) -> Tensor:
     """(N, 1); -inf where all are, NaN where one is +inf or NaN."""
-    top = x.amax(1, keepdim=True)
-    origin = torch.where(top == -torch.inf, 0.0, top)
+    origin = _origin(x)
     return origin + row_sum((x - origin).exp()).log().unsqueeze(1)
 
 
-def _from_the_top(x: Tensor) -> Tensor:
+def _origin(x: Tensor) -> Tensor:
+    """(N, 1): the largest, from which exponents are taken; 0 where there is none."""
     top = x.amax(1, keepdim=True)
-    return x - torch.where(top == -torch.inf, 0.0, top)
+    return torch.where(top == -torch.inf, 0.0, top)
 
 
 def _log_softmax(x: Tensor) -> Tensor:

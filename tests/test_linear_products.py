@@ -1,4 +1,5 @@
-"""The CPU's own products of bfloat16: float32 results, whatever the shapes, the strides and the threads."""
+"""The CPU's own products of bfloat16: float32 results, whatever the shapes, the strides and the threads; and what
+products in chunks need of memory."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import math
 import oracle
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from cepo_kernels import (
     backend_report,
@@ -176,3 +178,23 @@ def test_every_op_from_hidden_states_takes_them(monkeypatch):
     linear_token_logprobs(*leaves, labels, backend="reference").logprobs.sum().backward()
     assert not calls
     assert "with bfloat16 products" in backend_report().extensions["cepo_kernels._cpu"]
+
+
+def test_memory_is_a_chunk_whatever_the_number_of_rows(monkeypatch):
+    """Allocations beyond hidden-sized ones and the head's gradient stay below a few chunks of logits."""
+    rows, width, vocabulary = 400, 16, 20_000
+    monkeypatch.setattr(linear_products, "LOGITS_BYTES", 16 * vocabulary * 4)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
+    labels, advantages = torch.randint(vocabulary, (rows,)), torch.randn(rows)
+
+    def call():
+        linear_contrastive_policy_loss(hidden, None, None, weight, labels, advantages).loss.backward()
+        linear_token_logprobs(hidden, weight, labels).logprobs.sum().backward()
+
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    sizes = [event.cpu_memory_usage for event in recorded.events() if event.name in ("[memory]", "aten::empty")]
+    chunk = 16 * vocabulary * 4
+    assert max(sizes) <= max(chunk, weight.nbytes) * 1.01 < rows * vocabulary * 4 / 20
