@@ -217,12 +217,12 @@ def _train_in(many: Alone, arguments: list[str]) -> int:
             many.together("options", lambda: _check_resumed(config, path, done))
             if config.train.steps == done:
 
-                def end() -> None:  # what a run does after its last save, in case it was killed there
+                def finish() -> None:  # what a run does after its last save, in case it was killed there
                     checkpoint.drop_old(path, config.checkpoint.keep)
                     curves.draw(path)
                     print(f"nothing to do: {run} has all {done} steps", file=sys.stderr)
 
-                many.first("end", end)
+                many.first("end", finish)
                 return 0
 
         def loaded() -> Parts:
