@@ -219,7 +219,8 @@ def _train_in(many: Alone, arguments: list[str]) -> int:
 
                 def finish() -> None:  # what a run does after its last save, in case it was killed there
                     checkpoint.drop_old(path, config.checkpoint.keep)
-                    curves.draw(path)
+                    if not curves.is_drawn(path):
+                        curves.draw(path)
                     print(f"nothing to do: {run} has all {done} steps", file=sys.stderr)
 
                 many.first("end", finish)

@@ -14,6 +14,12 @@ _EVIDENCE = {"evidence_right": "right rollouts", "evidence_wrong": "wrong rollou
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 
 
+def is_drawn(run: Path) -> bool:
+    """Whether the picture of `run` is there, and no older than its records."""
+    picture, records = (file.stat().st_mtime_ns if file.exists() else 0 for file in (run / FILE, run / metrics.FILE))
+    return 0 < picture >= records
+
+
 def draw(run: Path, out: Path | None = None) -> Path:
     """Plot metrics.jsonl of `run` into `out`, its own curves.png if None, and return the path."""
     from matplotlib.figure import Figure
