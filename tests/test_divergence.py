@@ -142,6 +142,22 @@ def test_values_of_every_size(backend, dtype, kind):
     check(backend, student, teacher, kind=kind)
 
 
+@pytest.mark.parametrize("cut", [{}, {"clip": 0.05}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_begin_otherwise_than_they_go_on(backend, dtype, kind, cut):
+    """What the first columns say of the normalisers, of how close the rows are and of the clip does not hold later."""
+    student, teacher = (x.double() for x in pair(vocabulary=6000, gap=0.02))
+    student[0, 3000] = teacher[0, 3000] = 20.0  # nearly all of the probability, and about none of a difference there
+    teacher[0, :2048] += 1.0
+    teacher[1, 5000:] += 3.0
+    teacher[2, 4000:] += 40.0
+    student[3, 5999], teacher[3, 5999] = 12.0, 12.4  # a term near the clip
+    student[4, 2048:], teacher[4, 2048:] = -torch.inf, -torch.inf
+    student[5, 4000], teacher[5, 5000] = 14.0, 14.0
+    check(backend, student.to(dtype), teacher.to(dtype), kind=kind, **cut)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_soft_cap_keeps_the_digits_of_nearly_equal_rows(backend, kind):
     student, teacher = pair(gap=1e-3)

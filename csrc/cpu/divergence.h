@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "divergence_close.h"
 #include "divergence_columns.h"
 #include "divergence_plain.h"
 
@@ -189,9 +190,10 @@ struct Pair {
             with_row(d.student, d.inner, row, [&](auto x) { largest(x, d.vocabulary, d.top_k, kept); });
             chosen = kept;
         }
+        const bool plain = !in_order && !(d.clip < INFINITY);
+        if (!in_order && is_kl() && run_if_close()) return;
         PairScan pair(transform.k);
         Scan &student = is_reverse() ? pair.x : pair.y, &teacher = is_reverse() ? pair.y : pair.x;
-        const bool plain = !in_order && !(d.clip < INFINITY);
         if (plain) {
             of_both([&](auto x, auto y) { pair.row(x, y, d.vocabulary); });
         } else {
@@ -205,14 +207,13 @@ struct Pair {
         if (d.top_k > 0) return run_entries(student.sum, teacher.sum, pair.slow());
         if (pair.slow()) return run_slowly();
         if (student.sum.s == 0.0 || teacher.sum.s == 0.0) return give_up();
-        if (plain && (is_kl() ? run_plainly(pair) : d.beta == 0.5 && run_evenly(pair))) return;
         if (d.vocabulary == 1) return run_slowly();  // exactly 0
+        if (plain &&
+            (is_kl() ? run_plainly(pair) || run_closely(pair.x.sum, pair.y.sum) : d.beta == 0.5 && run_evenly(pair)))
+            return;
         if (transform.capped || d.clip < INFINITY) return run_fast<kEverything>(student.sum, teacher.sum);
-        // Of rows far apart the difference of 16-bit logits is rounded as well, by up to 2^-25 of it.
-        const bool narrow = d.student.dtype != Dtype::kFloat32 && d.teacher.dtype != Dtype::kFloat32 &&
-                            fabs(teacher.sum.c - student.sum.c) <= 16.0;
-        narrow ? run_fast<kExactDifferences>(student.sum, teacher.sum)
-               : run_fast<kNoCapNoClip>(student.sum, teacher.sum);
+        differences_are_exact(student.sum, teacher.sum) ? run_fast<kExactDifferences>(student.sum, teacher.sum)
+                                                        : run_fast<kNoCapNoClip>(student.sum, teacher.sum);
     }
     template <int kNeeds>
     void run_fast(RowSum student, RowSum teacher) {
@@ -260,6 +261,41 @@ struct Pair {
             of_both(
                 [&](auto x, auto y) { jsd.gradient(x, y, gradient_row(x), d.vocabulary, weight * transform.chain); });
         return true;
+    }
+    // Whether that was all, of rows that are close as far as their first block tells.
+    bool run_if_close() {
+        PairScan first(transform.k);
+        of_both([&](auto x, auto y) { first.row(x, y, d.vocabulary < kBlock ? d.vocabulary : kBlock); });
+        const bool serves = !first.poisoned() && !first.slow() && first.x.sum.s > 0.0 && first.y.sum.s > 0.0;
+        return serves && first.value() < kPlain && d.vocabulary > 1 && run_closely(first.x.sum, first.y.sum);
+    }
+    // The same, from a guess at the normalisers of the row whose probabilities weigh and of the other.
+    bool run_closely(RowSum one, RowSum other) {
+        return differences_are_exact(one, other) ? run_closely(CloseKl<true>{transform, d, one, other})
+                                                 : run_closely(CloseKl<false>{transform, d, one, other});
+    }
+    template <class Close>
+    bool run_closely(Close close) {
+        bool serves = false;
+        of_both([&](auto x, auto y) { serves = close.run(x, y); });
+        if (!serves) return false;
+        if (close.clips()) {
+            is_reverse() ? run_fast<kEverything>(close.one, close.other)
+                         : run_fast<kEverything>(close.other, close.one);
+            return true;
+        }
+        put_value(close.value);
+        if (writes)
+            of_both([&](auto x, auto y) {
+                const double factor = weight * transform.chain;
+                is_reverse() ? close.template gradient<true>(x, y, gradient_row(x), factor)
+                             : close.template gradient<false>(x, y, gradient_row(x), factor);
+            });
+        return true;
+    }
+    // Of rows far apart the difference of 16-bit logits is rounded as well, by up to 2^-25 of it.
+    bool differences_are_exact(RowSum a, RowSum b) const {
+        return d.student.dtype != Dtype::kFloat32 && d.teacher.dtype != Dtype::kFloat32 && fabs(a.c - b.c) <= 16.0;
     }
     // Of the dtype that x points to.
     template <class T>

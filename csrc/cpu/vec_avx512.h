@@ -29,6 +29,7 @@ inline Vec exponent_from_low_bits(Vec a) { return _mm512_castsi512_ps(_mm512_sll
 inline Vec where_less(Vec a, Vec b, Vec x, Vec y) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
 }
+inline bool all_less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) == 0xffff; }
 inline Vec load(const float* x) { return _mm512_loadu_ps(x); }
 inline void store(float* out, Vec a) { _mm512_storeu_ps(out, a); }
 

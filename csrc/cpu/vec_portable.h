@@ -41,6 +41,12 @@ inline Vec min(Vec a, Vec b) { return chosen(a < b, a, b); }
 inline Vec exponent_from_low_bits(Vec a) { return (Vec)((Bits)a << 23); }
 // x where a < b, else y; false for NaN.
 inline Vec where_less(Vec a, Vec b, Vec x, Vec y) { return chosen(a < b, x, y); }
+inline bool all_less(Vec a, Vec b) {
+    const Bits less = a < b;
+    bool all = true;
+    for (int i = 0; i < kWidth; ++i) all &= less[i] != 0;
+    return all;
+}
 inline Vec load(const float* x) {
     Vec a;
     memcpy(&a, x, sizeof a);
