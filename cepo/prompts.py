@@ -24,7 +24,7 @@ def content_of(message: Message) -> str:
     """What a message says; an image by its digest."""
     content = message["content"]
     if not isinstance(content, list | tuple):
-        return str(content)
+        return "" if content is None else str(content)
     return "".join(_said(part) for part in content)
 
 

@@ -185,7 +185,7 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     batch = make_batch(parts, rollouts, advantages, teachers, lam, contexts and contexts.ids)
-    batch = credit_ahead(parts, batch, rewards, success, step, clock)
+    batch = credit_ahead(parts, batch, rewards if config.reward.is_function else scores, success, step, clock)
     tokens, updated = update(parts, optimizer, batch, clock)
     if parts.engine:
         with clock.phase("sync"):

@@ -177,7 +177,19 @@ def test_negative_rewards_are_refused(advantage: object) -> None:
         advantage(torch.tensor([[1.0, NAN, -0.5]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+@pytest.mark.parametrize("advantage", [maxrl, rl2ml])
+def test_whole_rewards_are_as_good(advantage: object, dtype: torch.dtype) -> None:
+    assert callable(advantage)
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    assert torch.equal(advantage(rewards.to(dtype)), advantage(rewards))
+
+
 def test_options_out_of_range_are_refused() -> None:
+    with pytest.raises(InputError, match="alpha: expected a number, at least 0, got 'auto'"):
+        rl2ml(torch.ones(1, 2), alpha="auto")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"alpha: expected one whose weights in groups of 2 .*float32.*, got 1e\+308"):
+        rl2ml(torch.ones(1, 2), alpha=1e308)
     with pytest.raises(InputError, match="alpha: expected a number, at least 0, got -1"):
         rl2ml(torch.ones(1, 2), alpha=-1)
     with pytest.raises(InputError, match="baseline: expected one of loo, none, got 'mean'"):

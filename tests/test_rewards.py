@@ -98,8 +98,12 @@ def test_it_takes_what_trl_gives_plain_and_conversational() -> None:
     reward = cross_model_entropy(tiny_verifier())
     turns = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     replies = [[{"role": "assistant", "content": text}] for text in COMPLETIONS]
+    parts = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in COMPLETIONS]
     plain = reward(prompts=PROMPTS, completions=COMPLETIONS, completion_ids=[[1]] * 4, answer=["7"] * 4)
     assert reward(prompts=turns, completions=replies, completion_ids=[[1]] * 4, trainer_state=object()) == plain
+    assert reward(turns, parts) == plain
+    with pytest.raises(InputError, match="completions: expected one for each of 1 prompts, got 4"):
+        reward(turns[:1], replies)
     assert reward.__name__ == "cross_model_entropy"
     bare = tiny_verifier()
     bare.tokenizer.chat_template = None
@@ -200,11 +204,18 @@ def test_success_is_the_tasks_whatever_the_reward(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("credit", axes.members("credit"))
 @pytest.mark.parametrize("reward", axes.members("rewards"))
 def test_any_reward_goes_with_any_credit(reward: str, credit: str) -> None:
-    config = small(reward={"name": reward}, credit={"name": credit}, rollout={"prompts": 3, "group_size": 4})
+    mode = "return_to_go" if reward == "verifier" else "scale"
+    config = small(
+        reward={"name": reward},
+        credit={"name": credit},
+        rredcot={"mode": mode},
+        rollout={"prompts": 3, "group_size": 4},
+    )
     _, (record,) = steps(config, n=1)
     assert record["gradient_norm"] > 0
     if credit == "rredcot":  # its values are judged by the task's success, not by the reward
         assert 0 < record["value_outcome"] < 1
+        assert 0 <= record["segment_reward"] <= 1
 
 
 @pytest.mark.parametrize("advantage", ["maxrl", "rl2ml"])

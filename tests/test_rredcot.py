@@ -409,6 +409,8 @@ def test_what_has_no_meaning_is_refused_with_the_reason() -> None:
             InputError, match=f"advantage.name: .*rredcot.mode {mode} has advantages of its own.*'rloo'"
         ):
             small(credit={"name": "rredcot"}, advantage={"name": "rloo"}, rredcot={"mode": mode})
+        with pytest.raises(InputError, match=f"reward.name: .*{mode} subtracts chances of success.*'self_certainty'"):
+            small(credit={"name": "rredcot"}, reward={"name": "self_certainty"}, rredcot={"mode": mode})
     small(credit={"name": "rredcot"}, advantage={"name": "rloo"}, rredcot={"mode": "scale"})
     for changes, words in (
         ({"mode": "magic"}, "rredcot.mode: expected one of return_to_go"),

@@ -15,6 +15,11 @@ from cepo.errors import InputError
 from cepo.rewards import is_success
 
 
+def floating(rewards_PG: Tensor) -> Tensor:
+    """Whole numbers and truth values as float32."""
+    return rewards_PG if rewards_PG.is_floating_point() else rewards_PG.float()
+
+
 def centre(rewards_PG: Tensor) -> tuple[Tensor, Tensor]:
     """Rewards minus their group's mean, (P, G), and how many of each group are scored, (P, 1).
 
@@ -25,6 +30,7 @@ def centre(rewards_PG: Tensor) -> tuple[Tensor, Tensor]:
         raise InputError(f"rewards: expected shape (P, G), got {tuple(rewards_PG.shape)}")
     if rewards_PG.shape[1] < 2:
         raise InputError(f"rollout.group_size: expected at least 2, got {rewards_PG.shape[1]}")
+    rewards_PG = floating(rewards_PG)
     count = (~rewards_PG.isnan()).sum(1, keepdim=True)
     mean = rewards_PG.nansum(1, keepdim=True) / count.clamp(min=1)
     highest = rewards_PG.nan_to_num(-torch.inf).amax(1, keepdim=True)

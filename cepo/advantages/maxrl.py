@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cepo.advantages import centre, successes
+from cepo.advantages import centre, floating, successes
 
 AVERAGE = "constant"
 
@@ -20,6 +20,7 @@ def maxrl(rewards_PG: Tensor, *, threshold: float = 1.0) -> Tensor:
 
     Returns (P, G). Raises InputError for negative rewards, with which the sign of A would flip.
     """
+    rewards_PG = floating(rewards_PG)
     success, scored = successes(rewards_PG, threshold)
     centred, _ = centre(success.to(rewards_PG).masked_fill(rewards_PG.isnan(), float("nan")))
     return centred * scored / success.sum(1, keepdim=True).clamp(min=1)

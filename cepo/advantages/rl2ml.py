@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cepo.advantages import successes
+from cepo.advantages import floating, successes
 from cepo.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,17 +39,22 @@ def rl2ml(rewards_PG: Tensor, *, alpha: float = 1.0, baseline: str = "loo", thre
 
     Args:
         rewards_PG: (P, G), none negative. NaN: not scored, gets 0, and the group is one of the scored ones.
-        alpha: at least 0.
+        alpha: at least 0; "auto" is the trainer's.
         baseline: "loo", the formula above, of usually lower variance (see `variance`); "none": A_i = b_m r_i.
         threshold: a rollout succeeds from this reward on.
 
     Returns (P, G). Raises InputError for negative rewards, or an option out of its range.
     """
-    if not 0 <= alpha < float("inf"):
+    if not isinstance(alpha, int | float) or not 0 <= alpha < float("inf"):
         raise InputError(f"alpha: expected a number, at least 0, got {alpha!r}")
+    rewards_PG = floating(rewards_PG)
     success, scored = successes(rewards_PG, threshold)
     right, wrong = weights(success.sum(1, keepdim=True), scored, alpha, baseline)
-    return torch.where(success, right, wrong).masked_fill(rewards_PG.isnan(), 0.0).to(rewards_PG.dtype)
+    found = torch.where(success, right, wrong).masked_fill(rewards_PG.isnan(), 0.0).to(rewards_PG.dtype)
+    if not found.isfinite().all():
+        size = rewards_PG.shape[1]
+        raise InputError(f"alpha: expected one whose weights in groups of {size} {found.dtype} holds, got {alpha:g}")
+    return found
 
 
 def multiplier(k: Tensor, group_size: Tensor | int, alpha: float) -> Tensor:

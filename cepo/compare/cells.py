@@ -28,7 +28,7 @@ import cepo
 import cepo_kernels
 from cepo import checkpoint, metrics, rollout, trainer
 from cepo.cli import dump
-from cepo.compare.plan import BASE, Cell, defaults, digest, identity
+from cepo.compare.plan import BASE, METRICS, Cell, defaults, digest, identity
 from cepo.errors import InputError, one_line
 from cepo.parts import Parts, held_out, load_parts, problems_of
 from cepo.policy import threads
@@ -92,9 +92,25 @@ class Store:
             return None
         except (OSError, ValueError) as error:
             raise InputError(f"{self.path(cell)}: expected the numbers of a cell, got {one_line(error)}") from error
-        if not isinstance(record, dict) or not {"hash", "config"} <= record.keys():
+        if not _is_sound(record):
             raise InputError(f"{self.path(cell)}: expected the numbers of a cell, got {record!r:.60}")
         return record
+
+
+def _is_sound(record: Any) -> bool:
+    """Whether a record is one that somebody may have edited, but not beyond what a table can be made of."""
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict) or "hash" not in record:
+        return False
+    curve = record.get("curve")
+    return "error" in record or (
+        isinstance(curve, list)
+        and len(curve) >= (1 if record.get("kind") == BASE else 2)
+        and all(isinstance(point, dict) and all(_is_share(point.get(name)) for name in METRICS) for point in curve)
+    )
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 1
 
 
 def run(cell: Cell, store: Store, keep_weights: bool) -> Record:

@@ -16,7 +16,7 @@ from cepo.compare.cells import Record, Store, run
 from cepo.compare.plan import BASE, Plan, load
 from cepo.compare.results import schedule, summarise, whole
 from cepo.errors import InputError
-from cepo.parts import load_task
+from cepo.parts import load_parts
 
 
 def compare(
@@ -71,9 +71,11 @@ def main(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     out = Path(given.out or Path("runs", plan.name)).expanduser()
     if given.report_only and not out.is_dir():
         raise InputError(f"--out: expected a directory with cells, got {str(out)!r}")
-    if not given.report_only:
-        for task in plan.tasks:
-            load_task(plan.configs[task, BASE])
+    if given.report_only:
+        _replace_stale(plan, Store(out), redo=False)
+    else:
+        for task in plan.tasks:  # a model or a backend that is not there would fail in cell after cell
+            load_parts(plan.configs[task, BASE])
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

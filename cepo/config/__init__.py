@@ -112,7 +112,8 @@ class Config:
             for name in ("reward", "advantage", "credit"):
                 got, default = getattr(self, name).name, type(getattr(self, name))().name
                 require(got == default, f"{name}.name",
-                         f"the default, as loss {self.loss.name} has a teacher and reads no {name}", got)  # fmt: skip
+                         f"{default}, the default, as loss {self.loss.name} has a teacher and reads no {name}",
+                         got)  # fmt: skip
         else:
             require(self.rollout.group_size >= 2, "rollout.group_size", "at least 2 to compare",
                      self.rollout.group_size)  # fmt: skip

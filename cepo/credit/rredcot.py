@@ -77,12 +77,17 @@ def segment_advantages(mode: str, values: Tensor, reward: float, advantage: floa
 
 
 def check(config: Config) -> None:
-    """Raise InputError for an advantage that no mode would read."""
+    """Raise InputError for an advantage that no mode would read, or a reward that is no chance of success."""
     mode, name = config.rredcot.mode, config.advantage.name
     if mode != "scale" and name != type(config.advantage)().name:
         raise InputError(
             f"advantage.name: expected the default, as rredcot.mode {mode} has advantages of its own, got {name!r}; "
             "`--rredcot.mode scale` multiplies it"
+        )
+    if mode != "scale" and not (config.reward.name == "verifier" or config.reward.is_function):
+        raise InputError(
+            f"reward.name: expected verifier or a function, as rredcot.mode {mode} subtracts chances of success from "
+            f"it, got {config.reward.name!r}; `--rredcot.mode scale` multiplies its advantage"
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from cepo.config import Config, PolicyConfig
 from cepo.errors import InputError
 from cepo.policy import Policy, load_policy, make_policy, response_states, token_op, tokens_of
-from cepo.prompts import Prompt
+from cepo.prompts import Prompt, content_of
 from cepo.vision import Seen
 
 SUPERVISION: tuple[str, ...] = ("another model (the embedded one saw the task)",)
@@ -83,6 +83,8 @@ def cross_model_entropy(
     def reward(
         prompts: Sequence[Prompt], completions: Sequence[Prompt], completion_ids: object = None, **columns: Any
     ) -> list[float | None]:
+        if len(prompts) != len(completions):
+            raise InputError(f"completions: expected one for each of {len(prompts)} prompts, got {len(completions)}")
         contexts = [tokens_of(judge, prompt) for prompt in prompts]
         if any(isinstance(context, Seen) for context in contexts):
             raise InputError("reward.name: cross_model_entropy reads no images, and a prompt has one")
@@ -120,7 +122,7 @@ def _with_random_weights(judge: Policy) -> Policy:
 
 
 def _ids(judge: Policy, completion: Prompt) -> list[int]:
-    text = completion if isinstance(completion, str) else "".join(str(turn["content"] or "") for turn in completion)
+    text = completion if isinstance(completion, str) else "".join(content_of(turn) for turn in completion)
     ids: list[int] = judge.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
