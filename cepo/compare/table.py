@@ -12,6 +12,7 @@ from cepo.compare.cells import Record
 # Okabe and Ito's colours, told apart by every kind of colour vision; the reference is black.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLES = ("-", "--", ":", "-.")
+_POINTS = 12.0  # of accuracy, to either side, that a picture shows
 
 
 def markdown(summary: Record) -> str:
@@ -127,35 +128,55 @@ def _spread(values: Record) -> str:
 
 
 def draw(summary: Record, path: Path) -> None:
-    """Held-out accuracy over steps, a panel a task, with bands of one standard deviation over the seeds."""
+    """A column a task: held-out accuracy over steps, and the differences from the reference with their intervals."""
     from matplotlib.figure import Figure
 
-    plan, tasks = summary["plan"], summary["tasks"]
-    figure = Figure(figsize=(5.2 * len(tasks) + 1.6, 4), layout="constrained")
-    panels: Any = figure.subplots(1, len(tasks), squeeze=False)[0]
+    plan = summary["plan"]
+    tasks = {name: task for name, task in summary["tasks"].items() if any(m["curve"] for m in task["methods"].values())}
+    methods = list(next(iter(summary["tasks"].values()))["methods"])
     looks: dict[str, dict[str, Any]] = {plan["reference"]: {"color": "black", "linewidth": 2.5, "zorder": 3}}
-    for name in next(iter(tasks.values()))["methods"]:
+    for name in methods:
         style, colour = divmod(len(looks) - 1, len(_COLOURS))
         looks.setdefault(name, {"color": _COLOURS[colour], "linestyle": _STYLES[style % len(_STYLES)]})
-    for axes, (task, found) in zip(panels, tasks.items(), strict=True):
-        if found["base"]:
-            axes.axhline(found["base"][plan["metric"]], color="grey", linewidth=0.8, linestyle=":", label="base")
-        for name, look in looks.items():
-            curve = found["methods"][name]["curve"]
-            if not curve:
-                continue
-            steps = [point["step"] for point in curve]
-            means = [point[plan["metric"]]["mean"] for point in curve]
-            sds = [point[plan["metric"]]["sd"] or 0.0 for point in curve]
-            axes.plot(steps, means, label=name, **look)
-            low, high = ([m + sign * sd for m, sd in zip(means, sds, strict=True)] for sign in (-1, 1))
-            axes.fill_between(steps, low, high, color=look["color"], alpha=0.12, linewidth=0)
-        axes.set(title=task, xlabel="step", ylabel=f"held-out accuracy, {plan['metric']}")
-        axes.grid(alpha=0.3)
-    handles = {
-        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+    figure = Figure(figsize=(5.2 * max(1, len(tasks)), 4.2 + 0.28 * len(methods)), layout="constrained")
+    if tasks:
+        panels: Any = figure.subplots(2, len(tasks), squeeze=False, height_ratios=[3.6, 0.6 + 0.28 * len(methods)])
+        for column, (task, found) in enumerate(tasks.items()):
+            _draw_curves(panels[0][column], task, found, plan["metric"], looks)
+            _draw_differences(panels[1][column], found, plan["reference"], looks)
     with checkpoint.replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def _draw_curves(axes: Any, task: str, found: Record, metric: str, looks: dict[str, dict[str, Any]]) -> None:
+    if found["base"]:
+        axes.axhline(found["base"][metric], color="grey", linewidth=0.8, linestyle=":")
+    for name, look in looks.items():
+        curve = found["methods"][name]["curve"]
+        axes.plot([point["step"] for point in curve], [point[metric]["mean"] for point in curve], **look)
+    axes.set(title=task, xlabel="step", ylabel=f"held-out accuracy, {metric}")
+    axes.grid(alpha=0.3)
+
+
+def _draw_differences(axes: Any, found: Record, reference: str, looks: dict[str, dict[str, Any]]) -> None:
+    """Of each method the mean and its interval; what lies beyond the panel by its number, with an arrow."""
+    methods = [name for name in looks if name != reference]
+    for row, name in enumerate(methods):
+        difference, look = found["methods"][name]["difference"], looks[name]
+        if not difference["n"]:
+            continue
+        mean, low, high = (None if (x := difference[key]) is None else 100 * x for key in ("mean", "low", "high"))
+        if abs(mean) > _POINTS:
+            side = 1 if mean > 0 else -1
+            axes.annotate(
+                f"{mean:+.0f}", (side * _POINTS, row), (side * 0.8 * _POINTS, row), color=look["color"], va="center",
+                ha="center", arrowprops={"arrowstyle": "->", "color": look["color"]},
+            )  # fmt: skip
+            continue
+        if low is not None:
+            axes.plot([low, high], [row, row], **look)
+        axes.plot(mean, row, "o", color=look["color"])
+    axes.axvline(0, color="black", linewidth=1.2)
+    axes.set(xlim=(-_POINTS, _POINTS), ylim=(len(methods) - 0.5, -0.5), xlabel=f"points more than {reference}, 95 %")
+    axes.set_yticks(range(len(methods)), methods)
+    axes.grid(alpha=0.3, axis="x")
