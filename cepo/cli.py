@@ -258,7 +258,7 @@ def _train_in(many: Alone, arguments: list[str]) -> int:
         try:
             with threads(parts.policy, config.policy.threads):
                 if told:
-                    follow(trackers.tracked(records, config, run), config.train.steps, done)
+                    follow(trackers.tracked(records, config, run, done), config.train.steps, done)
                 else:
                     deque(records, maxlen=0)
         except (KeyboardInterrupt, ProcessError) as end:
