@@ -119,6 +119,28 @@ def test_what_a_launcher_is_told_and_the_run_would_not_do_is_refused(
         processes.shards(small(policy={"compute_dtype": "bfloat16"}), ALONE)
 
 
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "got accelerate launch --cpu, which starts one"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "got OMPI_COMM_WORLD_SIZE=2 of MPI"),
+    ],
+)
+def test_a_launcher_that_would_leave_each_process_alone_is_refused(
+    monkeypatch: pytest.MonkeyPatch, told: dict[str, str], words: str
+) -> None:
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=rf"processes: expected torchrun or .*, {words}"):
+        processes.launched()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not processes.launched()
+
+
+def test_one_process_divides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not processes.shards(small(processes={"shard": True}), ALONE)
+
+
 def test_only_training_takes_several_processes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
