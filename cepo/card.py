@@ -40,7 +40,8 @@ def text(run: Path, step: int, sees: bool = False) -> str:
     table = "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items())
     return (
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {run.name}, step {step}\n\n"
-        f"A {'vision-' if sees else ''}language model after reinforcement learning with `cepo`. This card was written by the run itself.\n\n"
+        f"A {'vision-' if sees else ''}language model after reinforcement learning with `cepo`. "
+        "This card was written by the run itself.\n\n"
         f"| | |\n|---|---|\n{table}\n\n## What was measured\n\n{_measured(run, step)}\n"
     )
 
