@@ -137,7 +137,7 @@ def test_a_launcher_that_would_leave_each_process_alone_is_refused(
     assert not processes.launched()
 
 
-def test_one_process_divides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_divides_nothing() -> None:
     assert not processes.shards(small(processes={"shard": True}), ALONE)
 
 
