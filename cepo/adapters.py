@@ -7,6 +7,7 @@ gradient: the head's weight has none, and the kernels then compute none.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,15 @@ def add(model: Any, config: LoraConfig, source: str) -> None:
 
     They are drawn from seed 0, whatever the run's. Raises InputError for modules that are not there, or the head.
     """
-    made = _peft().LoraConfig(
-        r=config.r, lora_alpha=config.alpha, target_modules=config.target_modules, task_type="CAUSAL_LM"
-    )
+    names = config.target_modules
+    if isinstance(names, str) and names.isidentifier():  # else peft would look for a layer whose whole path this is
+        names = [names]
+    made = _peft().LoraConfig(r=config.r, lora_alpha=config.alpha, target_modules=names, task_type="CAUSAL_LM")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model.add_adapter(made, adapter_name=NAME)
-    except ValueError as error:
+    except (ValueError, re.error) as error:  # a text that is no name is a pattern to peft
         raise InputError(f"policy.lora.target_modules: {one_line(error)[:300]}") from error
     _refuse_head(model)
     if Path(source).is_dir():  # or it could be loaded from this working directory alone

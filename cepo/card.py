@@ -15,13 +15,14 @@ from cepo import __version__, checkpoint, metrics
 from cepo.config import Config
 
 
-def text(run: Path, step: int) -> str:
-    """README.md for the checkpoint of `step`, from the config and the metrics of its run."""
+def text(run: Path, step: int, sees: bool = False) -> str:
+    """README.md for the checkpoint of `step`, from the config and the metrics of its run; of a model that `sees`."""
     config = _config(run)
     policy, rollout, train = config.policy, config.rollout, config.train
     lora: Any = policy.lora
     packages = ["torch", "transformers", *(["peft"] if lora else [])]
-    header: dict[str, Any] = {"library_name": "peft" if lora else "transformers", "pipeline_tag": "text-generation"}
+    header: dict[str, Any] = {"library_name": "peft" if lora else "transformers"}
+    header["pipeline_tag"] = "image-text-to-text" if sees else "text-generation"
     if policy.model.count("/") == 1 and policy.model[0] not in "./~" and not Path(policy.model).exists():
         header["base_model"] = policy.model  # the hub takes its own names alone
     header["tags"] = ["cepo", "reinforcement-learning"]
@@ -39,7 +40,8 @@ def text(run: Path, step: int) -> str:
     table = "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items())
     return (
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {run.name}, step {step}\n\n"
-        "A language model after reinforcement learning with `cepo`. This card was written by the run itself.\n\n"
+        f"A {'vision-' if sees else ''}language model after reinforcement learning with `cepo`. "
+        "This card was written by the run itself.\n\n"
         f"| | |\n|---|---|\n{table}\n\n## What was measured\n\n{_measured(run, step)}\n"
     )
 

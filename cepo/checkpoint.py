@@ -97,7 +97,8 @@ def save(
         model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
         if (run / CONFIG).exists():  # else nobody knows what the run was
-            (temporary / CARD).write_text(card.text(run, step), encoding="utf-8")
+            sees = hasattr(tokenizer, "image_processor")  # then it is a processor
+            (temporary / CARD).write_text(card.text(run, step, sees), encoding="utf-8")
         torch.save({"optimizer": optimizer, **state}, temporary / STATE)
         files = {str(file.relative_to(temporary)): _digest(file) for file in _files(temporary)}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -51,7 +52,25 @@ class _Parser(ArgumentParser):
         return "".join(line for line in lines if "Path to a configuration file." not in line)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise InputError(one_line(message)) from ex
+        raise InputError(_plain(one_line(message))) from ex
+
+
+def _plain(message: str) -> str:
+    """What jsonargparse says of a bad value, as everything else here says it."""
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.*?)\]", r"\1\2", message).replace("NoneType", "null")
+    for pattern, said in _SAID:
+        if found := re.fullmatch(rf'Parser key "([\w.]+)": {pattern}', text):
+            return found.expand(said)
+    return message
+
+
+_UNION = r"Does not validate .*? Subtypes: \[(.*?)\] Errors: .*"
+_SAID = (
+    (r"Expected a (\w+)\. Got value: ?(.*)", r"\1: expected \2, got \3"),
+    (_UNION + r"- (\w+: expected .*?) - Expected .*", r"\1.\3"),
+    (_UNION + r"Option '(\w+)' is not accepted .*", r"\1: has no option \3"),
+    (_UNION + r" Given value: (.*)", r"\1: expected one of \2, got \3"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,8 +112,8 @@ def _run(arguments: list[str]) -> int:
         return 0
     if command not in _SUMMARY:
         raise InputError(f"command: expected one of {', '.join(_SUMMARY)}, got {command!r}")
-    if command != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"{command}: expected one process, got {os.environ['WORLD_SIZE']}; only train takes several")
+    if command != "train" and (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise InputError(f"{command}: expected one process, got {size}; only train takes several")
     if command == "doctor":
         from cepo import doctor
 
@@ -258,7 +277,7 @@ def _train_in(many: Alone, arguments: list[str]) -> int:
         try:
             with threads(parts.policy, config.policy.threads):
                 if told:
-                    follow(trackers.tracked(records, config, run), config.train.steps, done)
+                    follow(trackers.tracked(records, config, run, done), config.train.steps, done)
                 else:
                     deque(records, maxlen=0)
         except (KeyboardInterrupt, ProcessError) as end:

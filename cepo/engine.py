@@ -44,8 +44,12 @@ class Engine(Protocol):
             prompts: token ids.
             max_new_tokens: longest response, in tokens.
             temperature: T > 0; 0 is greedy.
-            key: (seed, step) of the random numbers, and `first` the number of the first prompt among those of the step.
+            key: (seed, step) of the random numbers.
+            first: the number of the first prompt among those of the step, which other processes complete too.
+
+        Raises InputError if it cannot generate.
         """
+        ...
 
     def sync(self, model: nn.Module) -> None:
         """Generate with the weights of `model` from now on."""

@@ -41,7 +41,7 @@ from cepo_kernels import (
 )
 from cepo_kernels.head import logit_options
 
-EMBEDDED = Path(__file__).parent / "assets" / EMBEDDED_MODEL
+EMBEDDED = embedded_model()
 
 
 @dataclass(frozen=True)

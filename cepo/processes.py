@@ -34,6 +34,7 @@ _NOT_HEEDED = (
     ("ACCELERATE_USE_MEGATRON_LM", ("false",), "--processes.shard true shards the weights"),
     ("FSDP_OFFLOAD_PARAMS", ("false",), "weights stay on their device"),
 )
+_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 class Alone:
@@ -188,8 +189,16 @@ class Launched(Alone):
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether a launcher started this process as one of several. Raises InputError for one that does not say which."""
+    told = os.environ.get
+    size = told("WORLD_SIZE")
+    if size is None and told("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ:
+        found = "accelerate launch --cpu, which starts one process whatever --num_processes says"
+    elif size is None and (name := next((n for n in _OF_MPI if told(n, "1") != "1"), None)):
+        found = f"{name}={told(name)} of MPI, whose processes would each train alone"
+    else:
+        return size not in (None, "1")
+    raise InputError(f"processes: expected torchrun or accelerate launch --multi_gpu (on CPUs as well), got {found}")
 
 
 def shards(config: Config, many: Alone) -> bool:
@@ -201,9 +210,10 @@ def shards(config: Config, many: Alone) -> bool:
     ):
         if (got := os.environ.get(name, allowed[0]).lower()) not in allowed:
             raise InputError(f"{name} of the launcher: expected {' or '.join(allowed)}, got {got}; {instead}")
-    if config.processes.shard is None:
-        return many.world > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return config.processes.shard
+    wanted = config.processes.shard
+    if wanted is None:
+        wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return wanted and many.world > 1  # one alone has all parts
 
 
 @contextmanager

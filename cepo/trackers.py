@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cepo.config import Config
-from cepo.errors import InputError
+from cepo.errors import InputError, one_line
 
 Record = dict[str, Any]
+logger = logging.getLogger("cepo")
 
 
 def check(names: Iterable[str]) -> None:
@@ -24,29 +26,50 @@ def check(names: Iterable[str]) -> None:
             raise InputError(f"log.trackers: {name} is not installed here: pip install {name}")
 
 
-def tracked(records: Iterable[Record], config: Config, run: Path) -> Iterator[Record]:
-    """`records` as they come, each told to the trackers of `config` on its way."""
+def tracked(records: Iterable[Record], config: Config, run: Path, done: int = 0) -> Iterator[Record]:
+    """`records` as they come, each told to the trackers of `config` on its way; the run goes on from step `done`.
+
+    One that cannot be started raises InputError; one that fails later is warned about and told no more.
+    """
     if not config.log.trackers:
         yield from records
         return
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    trackers = {name: _started(name, config, run, done) for name in dict.fromkeys(config.log.trackers)}
 
-    trackers = []
-    for name in dict.fromkeys(config.log.trackers):
-        kind = LOGGER_TYPE_TO_CLASS[name]
-        tracker = kind(run.name, run) if kind.requires_logging_directory else kind("cepo", name=run.name)
-        tracker.start()
-        tracker.store_init_configuration(flat(asdict(config)))
-        trackers.append(tracker)
+    def each(act: str, *told: Any) -> None:
+        for name, tracker in list(trackers.items()):
+            try:
+                getattr(tracker, act)(*told)
+            except Exception as error:  # of as many kinds as there are trackers; metrics.jsonl has it all anyway
+                del trackers[name]
+                logger.warning("log.trackers: %s failed and is told no more: %s", name, one_line(error)[:200])
+
     try:
         for record in records:
             values = {k: v for k, v in flat(record).items() if isinstance(v, (int, float)) and k != "step"}
-            for tracker in trackers:
-                tracker.log({f"{record['kind']}/{name}": value for name, value in values.items()}, step=record["step"])
+            each("log", {f"{record['kind']}/{name}": value for name, value in values.items()}, record["step"])
             yield record
     finally:
-        for tracker in trackers:
-            tracker.finish()
+        each("finish")
+
+
+def _started(name: str, config: Config, run: Path, done: int) -> Any:
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState(cpu=True)  # accelerate's own logging asks for it; where there are several processes it is there
+    options: dict[str, Any] = {"name": run.name}
+    if name == "tensorboard":  # which then drops what was logged after the checkpoint
+        options = {"logging_dir": run, **({"purge_step": done + 1} if done else {})}
+    elif name == "wandb":
+        options["dir"] = str(run)
+    try:
+        tracker: Any = LOGGER_TYPE_TO_CLASS[name](name if name == "tensorboard" else "cepo", **options)
+        tracker.start()
+        tracker.store_init_configuration(flat(asdict(config)))
+    except Exception as error:  # without an account, a network or room on the disk
+        raise InputError(f"log.trackers: {name} cannot be started: {one_line(error)[:300]}") from error
+    return tracker
 
 
 def flat(values: Mapping[str, Any], above: str = "") -> Record:

@@ -66,7 +66,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--rollout.group_size", "1"], ["rollout.group_size", "at least 2", "1"]),
         (["train", "--rollout.temperature", "0"], ["rollout.temperature", "above 0"]),
         (["train", "--rollout.prompts", "0"], ["rollout.prompts", "at least 1"]),
-        (["train", "--rollout.prompts", "many"], ["rollout.prompts", "many"]),
+        (["train", "--rollout.prompts", "many"], [" rollout.prompts: expected int, got many"]),
+        (["train", "--log.trackers", "tensorboard"], [" log.trackers: expected list, got tensorboard"]),
+        (["train", "--processes.shard", "maybe"], [" processes.shard: expected one of bool, null, got maybe"]),
+        (["train", "--policy.lora.r", "2.5"], [" policy.lora.r: expected int, got 2.5"]),
+        (["train", "--policy.lora.s", "2"], [" policy.lora: has no option s"]),
         (
             ["train", "--credit.name", "rredcot", "--advantage.name", "rloo"],
             ["advantage.name", "rredcot.mode", "'rloo'"],

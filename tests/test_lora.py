@@ -49,6 +49,8 @@ def test_the_factors_alone_learn_and_the_head_has_no_gradient() -> None:
 
 def test_it_begins_as_the_model_it_is_added_to_whatever_the_seed_of_torch() -> None:
     one, other, plain = (load_policy(PolicyConfig(lora=lora)) for lora in (LoraConfig(), LoraConfig(), None))
+    single = load_policy(PolicyConfig(lora=LoraConfig(target_modules="q_proj"))).model.state_dict()
+    assert {name.split(".")[-4] for name in single if "lora_A" in name} == {"q_proj"}
     ids = [[5, 6, 7]], [[8, 9]]
     assert torch.equal(response_logits(one, *ids), response_logits(plain, *ids))
     mine, others = one.model.state_dict(), other.model.state_dict()
@@ -123,6 +125,8 @@ def test_a_saved_adapter_is_evaluated_loaded_elsewhere_and_trained_on(
     [
         ({"target_modules": ["lm_head"]}, "policy.lora.target_modules: expected none to be the head, as log-probs"),
         ({"target_modules": ["no_such"]}, "policy.lora.target_modules: .*no_such"),
+        ({"target_modules": "no_such"}, "policy.lora.target_modules: .*no_such"),
+        ({"target_modules": "q(_proj"}, "policy.lora.target_modules: .*unterminated"),
         ({"target_modules": []}, "policy.lora.target_modules: expected names of layers, got "),
         ({"r": 0}, "policy.lora.r: expected at least 1, got 0"),
         ({"alpha": 0.0}, "policy.lora.alpha: expected a number above 0, got 0.0"),

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from test_trainer import small
 from tiny import Sums, one_thread, tiny_policy  # noqa: F401
 
-from cepo import checkpoint, metrics, trainer
+from cepo import adapters, checkpoint, metrics, trainer
+from cepo.config import LoraConfig
 from cepo.errors import InputError, ProcessError
 from cepo.parts import Parts, load_parts
 from cepo.processes import ALONE, Alone, Launched
@@ -28,15 +29,19 @@ from cepo.rewards import cross_model_entropy
 from cepo.tasks import Problem
 
 pytest.importorskip("accelerate")
+peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 STEPS = 2
 
 
 @dataclass
 class Lottery(Sums):
-    """A task that a random model gets right half the time, and that says why not."""
+    """A task that a random model gets right half the time, and that says why not and how to."""
 
     separator: str = "1"
+
+    def train(self, index: int, seed: int) -> Problem:
+        return replace(super().train(index, seed), data={"solution": f"{index}#{seed}"})
 
     def parse_answer(self, completion: str) -> str | None:
         return completion[:3] or None
@@ -53,27 +58,35 @@ CASES: dict[str, dict[str, Any]] = {
     "auto": {"advantage": {"name": "rl2ml", "alpha": "auto"}, "credit": {"name": "shuffled"}},
     "rredcot": {"credit": {"name": "rredcot"}, "rredcot": {"centre": "others", "min_entropy": 0.1}},
     "sdpo": {"loss": {"name": "sdpo"}},
+    "lora": {"policy": {"lora": LoraConfig(r=4)}},
+    "opsd": {"loss": {"name": "opsd"}, "policy": {"lora": LoraConfig(r=4)}},  # its teacher shares what does not learn
     "verifier": {"reward": {"name": "cross_model_entropy"}, "teacher": {"share_prefix": False}},
     "certainty": {"reward": {"name": "self_certainty"}},
 }
-SHARDED = ("cepo", "sdpo", "rredcot", "certainty")
+SHARDED = ("cepo", "sdpo", "rredcot", "certainty", "lora", "opsd")
 
 
 def parts_of(folder: Path, case: str, many: Alone, start: Path | None = None, **sections: Any) -> Parts:
     """In float64, a model with some weights that no rollout reaches."""
     config = small(
-        policy={"model": str(folder / "model")},
         rollout={"prompts": 3, "group_size": 4},
         eval={"problems": 1},
         checkpoint={"every": 1, "keep": 9},
-        **{**CASES[case], "train": {"steps": STEPS, "lr": 1e-2, **CASES[case].get("train", {}), **sections}},
+        **{
+            **CASES[case],
+            "policy": {"model": str(folder / "model"), **CASES[case].get("policy", {})},
+            "train": {"steps": STEPS, "lr": 1e-2, **CASES[case].get("train", {}), **sections},
+        },
     )
     config.reward.verifier = config.reward.verifier and str(folder / "model")
     parts = replace(load_parts(config, processes=many), task=Lottery())
     for model in (parts.policy.model, *([parts.self_teacher.model] if parts.self_teacher else [])):
         model.double()
     if start is not None:
-        parts.policy.model.load_state_dict(load_file(start / "model.safetensors"), strict=False)
+        if parts.config.policy.lora:
+            peft.set_peft_model_state_dict(parts.policy.model, saved_weights(start), adapter_name=adapters.NAME)
+        else:
+            parts.policy.model.load_state_dict(saved_weights(start), strict=False)
     return parts
 
 
@@ -155,13 +168,18 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def saved_weights(saved: Path) -> dict[str, torch.Tensor]:
+    (file,) = saved.glob("*model.safetensors")
+    return load_file(file)
+
+
 def state_of(run: Path) -> dict[str, torch.Tensor]:
     """Weights and the optimiser's averages at the end."""
     last = checkpoint.newest(run)
     assert last is not None
     assert last.name == f"step-{STEPS:06d}"
     moments = torch.load(last / checkpoint.STATE)["optimizer"]["state"]
-    return load_file(last / "model.safetensors") | {f"{i}.{n}": v for i, s in moments.items() for n, v in s.items()}
+    return saved_weights(last) | {f"{i}.{n}": v for i, s in moments.items() for n, v in s.items()}
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -199,7 +217,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_what_one_does(two: Path, case: str) -> None:
     expected = torch.load(two / f"seen-{case}.pt")
-    assert all((advantages != 0).any() for _, advantages in expected) or case == "sdpo"
+    assert all((advantages != 0).any() for _, advantages in expected) or case in ("sdpo", "opsd")
     for rank in range(2):
         for where, seen in torch.load(two / f"seen-{case}-{rank}.pt").items():
             for (responses, advantages), (its, theirs) in zip(expected[-len(seen) :], seen, strict=True):
@@ -207,6 +225,7 @@ def test_two_processes_train_what_one_does(two: Path, case: str) -> None:
                 assert torch.equal(advantages, theirs) or case in ("verifier", "certainty")
     assert_same(two / f"one-{case}", two / f"many-{case}")
     mine, theirs = (metrics.read(two / f"{how}-{case}") for how in ("one", "many"))
+    assert all(line["gradient_norm"] > 0 for line in mine if line["kind"] == "train")
     times = ("seconds", "tokens_per_second")
     for line, other in zip(mine, theirs, strict=True):
         assert line.keys() == other.keys()

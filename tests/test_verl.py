@@ -85,6 +85,16 @@ class Workers:
     def __init__(self, policy: Policy, micro: int) -> None:
         self.model, self.micro, self._dispatch_info = policy.model.eval(), micro, {"actor": [0, 0, 1, 1]}
         self.passes: list[int] = []
+        self.saved: dict[int, Any] = {}
+
+    def save_model_to_cpu(self, number: int) -> None:
+        self.saved[number] = copy.deepcopy(self.model.state_dict())
+
+    def restore_model_from_cpu(self, number: int) -> None:
+        self.model.load_state_dict(self.saved[number])
+
+    def clear_cpu_model(self, number: int) -> None:
+        del self.saved[number]
 
     def compute_log_prob(self, data: Any) -> Any:
         if not isinstance(data, tq.KVBatchMeta):
@@ -196,8 +206,9 @@ def test_it_is_registered_by_the_entry_point(tmp_path: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[verl.plugins]\n" + declared.splitlines()[0].replace('"', ""))
     code = """
-from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSync, get_trainer_cls
-for name, base in (("cepo", PPOTrainerSync), ("cepo_colocate_async", PPOTrainerColocateAsync)):
+from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, get_trainer_cls
+for name, base in (("cepo", PPOTrainerSync), ("cepo_colocate_async", PPOTrainerColocateAsync),
+                   ("cepo_separate_async", PPOTrainerSeparateAsync)):
     made = get_trainer_cls(name)
     assert made.on_step_end is base.on_step_end and made._compute_advantage is not base._compute_advantage
 """
@@ -291,6 +302,36 @@ def test_the_rollout_engines_log_probs_are_no_denominator(folder: Path) -> None:
     bypassed, _ = step(bypass)
     assert bypass.actor_rollout_wg.passes == [8, 8, 8]  # the policy's too
     assert all(torch.allclose(advantages[key], bypassed[key], atol=1e-6) for key in advantages)
+
+
+def separate() -> Any:
+    config = copy.deepcopy(composed())
+    OmegaConf.update(config, "actor_rollout_ref.rollout.nnodes", 1)
+    OmegaConf.update(config, "actor_rollout_ref.rollout.n_gpus_per_node", 1)
+    OmegaConf.update(config, "actor_rollout_ref.rollout.checkpoint_engine.backend", "nccl")
+    config.trainer.v1.separate_async.parameter_sync_step = 4
+    config.data.train_batch_size = 4 * config.actor_rollout_ref.actor.ppo_mini_batch_size
+    return config
+
+
+@pytest.mark.parametrize("credit", ["cepo", "rlsd"])
+def test_where_weights_move_between_synchronisations_teachers_have_those_of_the_old_log_probs(
+    folder: Path, credit: str
+) -> None:
+    expected, _ = step(make(folder, credit=credit))
+    trainer = make(folder, name="cepo_separate_async", config=separate(), credit=credit)
+    workers, trainer.local_trigger_step = trainer.actor_rollout_wg, 0
+    first, _ = step(trainer)
+    assert workers.saved.keys() == {0}
+    with torch.no_grad():
+        for p in workers.model.parameters():
+            p.mul_(1.5)
+    moved = copy.deepcopy(workers.model.state_dict())
+    trainer.local_trigger_step = 1
+    second, _ = step(trainer)
+    assert all(torch.equal(expected[key], got[key]) for got in (first, second) for key in expected)
+    assert all(torch.equal(value, moved[name]) for name, value in workers.model.state_dict().items())
+    assert workers.saved.keys() == {0}
 
 
 def test_padding_rows_and_earlier_outputs_of_a_rollout_state_no_answer(folder: Path, queue: Queue) -> None:

@@ -15,9 +15,10 @@ from tiny import Sums, one_thread, rollouts_of, tiny_policy  # noqa: F401
 from tiny_vision import Processor, picture, tiny_llava, tiny_qwen3_vl
 from torch import Tensor
 
-from cepo import checkpoint, memory, metrics, teacher, trainer
+from cepo import checkpoint, distil, memory, metrics, teacher, trainer
 from cepo.cli import main
 from cepo.config import TeacherConfig
+from cepo.distil import SelfTeacher
 from cepo.errors import InputError
 from cepo.parts import load_parts
 from cepo.policy import Policy, make_policy, response_logits, token_op, tokens_of
@@ -155,6 +156,10 @@ def records(folder: Path, *changes: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_a_run_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """All weights of a Qwen3-VL, or low-rank factors in a LLaVA."""
+    lora = name == "llava"
+    if lora:
+        pytest.importorskip("peft")
     model, processor = MODELS[name]()
     model.save_pretrained(tmp_path / "model")
     if name == "qwen3_vl":  # its own cannot be loaded without torchvision
@@ -169,19 +174,25 @@ def test_a_run_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
         "policy.model": tmp_path / "model", "task.name": f"jsonl:{records(tmp_path)}", "train.lr": 1e-2, "run_dir": run,
         "task.options": "{max_new_tokens: 6}", "rollout.prompts": 3, "rollout.group_size": 4, "train.steps": 2,
         "eval.problems": 1, "checkpoint.every": 1, "reward.name": f"{reward}:parity", "train.prompts_per_pass": 2,
-        "train.gradient_checkpointing": name == "qwen3_vl",
+        "train.gradient_checkpointing": not lora, "policy.lora": "{r: 2}" if lora else "null",
     }  # fmt: skip
     assert main(["train", *(f"--{option}={given}" for option, given in options.items())]) == 0
     found = [record for record in metrics.read(run) if record["kind"] == "train"]
     assert any(record["gradient_norm"] > 0 for record in found)
     saved = checkpoint.newest(run)
     assert saved is not None
+    assert (saved / "adapter_model.safetensors").exists() is lora
+    card = (saved / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card
+    assert f"library_name: {'peft' if lora else 'transformers'}" in card
+    assert "A vision-language model after" in card
     parts = load_parts(small(policy={"model": str(saved)}))
     before, after = model.state_dict(), parts.policy.model.state_dict()
-    moved = {part for part in ("vis", "language") for n in before if part in n and not torch.equal(before[n], after[n])}
+    own = {n: before.get(n, torch.zeros_like(after[n])) for n in after if not lora or "lora_B" in n}
+    moved = {part for part in ("vis", "language") for n in own if part in n and not torch.equal(own[n], after[n])}
     assert moved == {"vis", "language"}, "the gradient went through the images, too"
-    if name == "llava":
-        return
+    if lora:
+        assert all(torch.equal(w, after[n]) for n, w in before.items() if n in after), "nothing else learns"
     assert main(["eval", "--policy.model", str(run)]) == 0
     # The run from the checkpoint after one step ends as the one that did not stop.
     first = checkpoint.all_of(run)[0]
@@ -195,7 +206,10 @@ class Pictures(Sums):
 
     def train(self, index: int, seed: int) -> Problem:
         shown = [picture(16 + 16 * (index % 2), 16)] if index % 3 else []
-        return asking(f"{index}+{seed}", *shown, answer=str(index))
+        return replace(asking(f"{index}+{seed}", *shown, answer=str(index)), data={"solution": f"#{index}"})
+
+    def feedback(self, completion: str, problem: Problem) -> str:
+        return "no"
 
     def score(self, completion: str, problem: Problem) -> float:
         return float(len(completion) % 2)
@@ -206,9 +220,41 @@ def step(name: str, split_head: bool = True, **sections: Any) -> tuple[trainer.R
     made = load_parts(small(rollout={"prompts": 3}, **sections))
     # Many tokens end a response: one that is cut off is no wrong answer.
     policy = replace(make_policy(*MODELS[name]()), split_head=split_head, eos_ids=tuple(range(10, 40)))
-    parts = replace(made, policy=policy, task=Pictures())
+    told = SelfTeacher(policy.model, made.config.loss) if made.distillation else None
+    parts = replace(made, policy=policy, task=Pictures(), self_teacher=told)
     record = trainer.train_step(parts, trainer.make_optimizer(parts), 1)
     return record, [p.grad for p in policy.model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("kind", ["solution", "sibling", "feedback"])
+def test_a_distillations_teacher_sees_the_images(policy: Policy, kind: str, share_prefix: bool) -> None:
+    class Told(Sums):
+        def feedback(self, completion: str, problem: Problem) -> str:
+            return "no"
+
+    problems = [replace(problem, data={"solution": "7"}) for problem in mixed()]
+    rollouts = rollouts_of(policy, problems, ["#7", "b#8"] * 3)
+    contexts = distil.build(policy, TeacherConfig(), [kind], Told(), rollouts, [True, False] * 3)
+    chosen = [(b, ids) for b, ids in enumerate(contexts.ids) if ids is not None]
+    assert [b for b, _ in chosen] == ([1, 3, 5] if kind == "sibling" else list(range(6)))
+    responses = [rollouts.responses[b] for b, _ in chosen]
+    states = distil.told_states(policy, [ids for _, ids in chosen], responses, share_prefix)
+    labels = torch.tensor([token for ids in responses for token in ids])
+    got = token_op(policy)(states, labels).logprobs.split(list(map(len, responses)))
+    hint = {"solution": "a solution is 7", "sibling": "another attempt was #7", "feedback": "no"}[kind]
+    for (b, _), row in zip(chosen, got, strict=True):
+        hinted = f"\nHint: {hint}" + ("" if kind == "feedback" else ".")
+        expected = by_hand(policy, in_parts(problems[b // 2], hinted), rollouts.responses[b])
+        assert torch.allclose(row, expected, atol=1e-5), b
+
+
+@pytest.mark.parametrize("loss", ["opsd", "sdpo"])
+def test_a_step_of_distillation_teaches_what_sees(loss: str) -> None:
+    record, gradients = step("qwen3_vl", loss={"name": loss})
+    assert record["dropped"] == 0
+    assert record["gradient_norm"] > 0
+    assert any(gradient.abs().max() > 1e-4 for gradient in gradients)
 
 
 @pytest.mark.parametrize("name", list(MODELS))

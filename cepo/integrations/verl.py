@@ -1,4 +1,4 @@
-"""Token credit in verl: the trainers `cepo` and `cepo_colocate_async` are verl's `sync` and `colocate_async` with it.
+"""Token credit in verl: the trainers `cepo`, `cepo_colocate_async` and `cepo_separate_async` are verl's own with it.
 
 `register_adv_est` would not do: an advantage estimator sees no workers, so no teacher. Here `_compute_advantage` lets
 verl compute its advantages, whichever they are, and multiplies them by (1 - lam) + lam w; w comes from the log-probs of
@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import importlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -44,7 +45,13 @@ try:
     import transfer_queue as tq
     from tensordict import TensorDict
     from verl.protocol import DataProto
-    from verl.trainer.ppo.v1 import PPOTrainer, PPOTrainerColocateAsync, PPOTrainerSync, register_trainer
+    from verl.trainer.ppo.v1 import (
+        PPOTrainer,
+        PPOTrainerColocateAsync,
+        PPOTrainerSeparateAsync,
+        PPOTrainerSync,
+        register_trainer,
+    )
     from verl.utils import tensordict_utils as tu
     from verl.utils.config import omega_conf_to_dataclass
     from verl.utils.tokenizer import normalize_token_ids
@@ -362,9 +369,10 @@ class _WithCredit(PPOTrainer):  # type: ignore[misc]
         metrics["cepo/lam"] = self._credit.lam(self.global_steps)
         if self._credit.needed(self.global_steps):
             data, response_mask = self._fetch(batch)
-            found = self._credit.apply(
-                data, self.global_steps, self.actor_rollout_wg.compute_log_prob, multiple=self._multiple()
-            )
+            with self._old_weights():
+                found = self._credit.apply(
+                    data, self.global_steps, self.actor_rollout_wg.compute_log_prob, multiple=self._multiple()
+                )
             metrics.update({f"cepo/{name}": value for name, value in found.items()})
             fields = {"advantages": response_to_nested(data.batch["advantages"], response_mask)}
             batch = tq.kv_batch_put(
@@ -373,12 +381,19 @@ class _WithCredit(PPOTrainer):  # type: ignore[misc]
         metrics["cepo/teacher_seconds"] = time.perf_counter() - start
         return batch
 
+    def _old_weights(self) -> AbstractContextManager[None]:
+        """Teachers compute with the weights that the old log-probs are of: mostly those that the actor has."""
+        return nullcontext()
+
+    def _bypasses(self) -> bool:
+        correction = self.config.algorithm.get("rollout_correction")
+        return bool(correction and correction.get("bypass_mode"))
+
     def _fetch(self, batch: Any) -> tuple[DataProto, Tensor]:
         """The batch as `TokenCredit` reads it, and its response mask, nested."""
         columns = {"uid", "raw_prompt", "multi_modal_inputs", self._options.answer_column or "reward_model"}
         tensors = ["prompts", "responses", "response_mask", "advantages", "rm_scores"]
-        correction = self.config.algorithm.get("rollout_correction")
-        if not (correction and correction.get("bypass_mode")):  # else they are the rollout engine's
+        if not self._bypasses():  # else they are the rollout engine's
             tensors.append("old_log_probs")
         data = tq.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=[*tensors, *sorted(columns)]
@@ -424,6 +439,26 @@ class CEPOTrainerColocateAsync(_WithCredit, PPOTrainerColocateAsync):  # type: i
     """The same for verl's `colocate_async`. Evidence is of the policy that is trained, as the old log-probs are."""
 
     MODE = "colocate_async"
+
+
+@register_trainer("cepo_separate_async")
+class CEPOTrainerSeparateAsync(_WithCredit, PPOTrainerSeparateAsync):  # type: ignore[misc]
+    """The same for verl's `separate_async`, whose old log-probs are of the weights of the last synchronisation."""
+
+    MODE = "separate_async"
+
+    @contextmanager
+    def _old_weights(self) -> Iterator[None]:
+        """As verl's own `_compute_old_log_prob` does: it has saved those weights as number 0."""
+        now, workers = self.local_trigger_step, self.actor_rollout_wg
+        if now == 0 or self._bypasses():
+            yield
+            return
+        workers.save_model_to_cpu(now)
+        workers.restore_model_from_cpu(0)
+        yield  # an error ends the run
+        workers.restore_model_from_cpu(now)
+        workers.clear_cpu_model(now)
 
 
 def _objects(values: Any) -> np.ndarray[Any, Any]:
