@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import yaml
@@ -97,7 +97,7 @@ class Store:
         return record
 
 
-def _is_sound(record: Any) -> bool:
+def _is_sound(record: Any) -> TypeGuard[Record]:
     """Whether a record is one that somebody may have edited, but not beyond what a table can be made of."""
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict) or "hash" not in record:
         return False

@@ -165,7 +165,7 @@ def _draw_differences(axes: Any, found: Record, reference: str, looks: dict[str,
         difference, look = found["methods"][name]["difference"], looks[name]
         if not difference["n"]:
             continue
-        mean, low, high = (None if (x := difference[key]) is None else 100 * x for key in ("mean", "low", "high"))
+        mean = 100 * difference["mean"]
         if abs(mean) > _POINTS:
             side = 1 if mean > 0 else -1
             axes.annotate(
@@ -173,8 +173,8 @@ def _draw_differences(axes: Any, found: Record, reference: str, looks: dict[str,
                 ha="center", arrowprops={"arrowstyle": "->", "color": look["color"]},
             )  # fmt: skip
             continue
-        if low is not None:
-            axes.plot([low, high], [row, row], **look)
+        if difference["low"] is not None:
+            axes.plot([100 * difference["low"], 100 * difference["high"]], [row, row], **look)
         axes.plot(mean, row, "o", color=look["color"])
     axes.axvline(0, color="black", linewidth=1.2)
     axes.set(xlim=(-_POINTS, _POINTS), ylim=(len(methods) - 0.5, -0.5), xlabel=f"points more than {reference}, 95 %")
