@@ -9,20 +9,24 @@ from typing import Any
 
 
 def race(
-    benchmark: Any, calls: Mapping[str, Callable[[], object]], rounds: int, ours: str = "cepo"
-) -> dict[str, float]:
-    """Median seconds of each, all warmed up; those of ``ours`` are what the `benchmark` fixture measures."""
+    benchmark: Any, calls: Mapping[str, Callable[..., object]], rounds: int, ours: str = "cepo",
+    before: Callable[[], tuple[Any, ...]] = tuple,
+) -> dict[str, float]:  # fmt: skip
+    """Median seconds of each, all warmed up; those of ``ours`` are what the `benchmark` fixture measures. What
+    ``before`` returns, untimed, is what a call takes."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
 
-    def others() -> None:
+    def others() -> tuple[tuple[Any, ...], dict[str, Any]]:
         for name, call in calls.items():
             if name != ours:
+                arguments = before()
                 start = time.perf_counter()
-                call()
+                call(*arguments)
                 seconds[name].append(time.perf_counter() - start)
+        return before(), {}
 
     for call in calls.values():
-        call()
+        call(*before())
     benchmark.pedantic(calls[ours], setup=others, rounds=rounds)
     seconds[ours] = list(benchmark.stats.stats.data)
     return {name: statistics.median(values) for name, values in seconds.items()}

@@ -71,11 +71,14 @@ def memory() -> str:
     """MiB beyond inputs, gradients and one float32 head."""
     measured = _measured("memory.json")
     names = list(dict.fromkeys(row["name"] for row in measured["measured"]))
-    found = {(row["rows"], row["name"]): row["bytes"] for row in measured["measured"]}
+    found = {
+        (row["rows"], row["name"]): "failed" if row["bytes"] is None else f"{row['bytes'] / 2**20:,.0f}"
+        for row in measured["measured"]
+    }
     lines = [f"H = {measured['width']:,}, V = {measured['vocabulary']:,}, bfloat16.", ""]
     lines += ["| MiB | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for rows in sorted({rows for rows, _ in found}):
-        cells = ["failed" if (n := found[rows, name]) is None else f"{n / 2**20:,.0f}" for name in names]
+        cells = [found.get((rows, name), "") for name in names]
         lines.append(f"| N = {rows:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

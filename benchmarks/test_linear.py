@@ -8,6 +8,8 @@ loss over three contexts. "16-bit logits" is `logits_dtype=bfloat16`, what the p
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -95,31 +97,52 @@ def test_linear(benchmark: Any, tables: list[dict[str, Any]], kind: str, dtype: 
     _finish(tables, benchmark.group, table)
 
 
-@pytest.mark.parametrize("kind", ["log-probs", "policy loss"])
-def test_rows_without_a_coefficient_cost_nothing(benchmark: Any, tables: list[dict[str, Any]], kind: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "rows"), [("log-probs", ROWS), ("log-probs", 4 * ROWS), ("policy loss", ROWS)])
+def test_rows_without_a_coefficient_cost_nothing(
+    benchmark: Any, tables: list[dict[str, Any]], kind: str, rows: int, dtype: str
+) -> None:
     """The backward of the log-probs, and the whole policy loss, with the coefficient of every second row 0."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(ROWS, WIDTH, requires_grad=True), torch.randn(VOCABULARY, WIDTH, requires_grad=True)
-    labels, every = torch.randint(VOCABULARY, (ROWS,)), torch.randn(ROWS)
-    half = every * (torch.arange(ROWS) % 2)
-    logprobs = cepo_kernels.linear_token_logprobs(hidden, weight, labels).logprobs
+    hidden = torch.randn(rows, WIDTH).to(DTYPES[dtype])
+    weight = (torch.randn(VOCABULARY, WIDTH) * 0.05).to(DTYPES[dtype])
+    labels, every = torch.randint(VOCABULARY, (rows,)), torch.randn(rows)
+    half = every * (torch.arange(rows) % 2)
+    forwards: list[float] = []
 
-    def backward(coefficients: Tensor) -> None:
-        if kind == "log-probs":
-            torch.autograd.grad(logprobs, (hidden, weight), coefficients, retain_graph=True)
-        else:
-            out = cepo_kernels.linear_contrastive_policy_loss(hidden, None, None, weight, labels, coefficients)
-            torch.autograd.grad(out.loss, (hidden, weight))
+    def leaves() -> tuple[Tensor, Tensor]:
+        return hidden.detach().requires_grad_(), weight.detach().requires_grad_()
 
-    calls = {"cepo": lambda: backward(half), "all rows": lambda: backward(every)}
+    def forward() -> tuple[Tensor]:
+        start = time.perf_counter()
+        logprobs = cepo_kernels.linear_token_logprobs(*leaves(), labels).logprobs
+        forwards.append(time.perf_counter() - start)
+        return (logprobs,)
+
+    def loss(coefficients: Tensor) -> None:
+        policy, head = leaves()
+        cepo_kernels.linear_contrastive_policy_loss(policy, None, None, head, labels, coefficients).loss.backward()
+
     benchmark.group = f"linear {kind}, half of the rows"
-    medians = race(benchmark, calls, ROUNDS)
-    table = [
-        line(name, seconds, medians["cepo"], share=seconds / medians["all rows"]) for name, seconds in medians.items()
-    ]
-    _finish(tables, benchmark.group, table)
+    if kind == "policy loss":
+        calls = {"cepo": partial(loss, half), "all rows": partial(loss, every)}
+        found = {"policy loss": race(benchmark, calls, ROUNDS)}
+    else:
+        calls = {
+            "cepo": lambda logprobs: logprobs.backward(half),
+            "all rows": lambda logprobs: logprobs.backward(every),
+        }
+        backward = race(benchmark, calls, ROUNDS, before=forward)
+        both = {name: seconds + statistics.median(forwards) for name, seconds in backward.items()}
+        found = {"backward": backward, "forward+backward": both}
+    for what, medians in found.items():
+        table = [
+            line(name, seconds, medians["cepo"], share=seconds / medians["all rows"])
+            for name, seconds in medians.items()
+        ]
+        _finish(tables, f"linear {what}, half of the rows {dtype}", table, rows)
 
 
-def _finish(tables: list[dict[str, Any]], group: str, table: list[dict[str, Any]]) -> None:
-    title = f"{group}: N = {ROWS}, H = {WIDTH}, V = {VOCABULARY:,}; share: of the last row"
+def _finish(tables: list[dict[str, Any]], group: str, table: list[dict[str, Any]], rows: int = ROWS) -> None:
+    title = f"{group}: N = {rows:,}, H = {WIDTH}, V = {VOCABULARY:,}; share: of the last row"
     tables.append({"group": group, "title": title, "rows": table, "absent": {}})

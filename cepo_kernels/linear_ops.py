@@ -115,7 +115,7 @@ def _forward(
         for slopes in kept:
             slopes.zero_()
     wanted = [slopes for slopes in kept if keep == SLOPES and slopes.numel()]
-    gathered = [Gathered(call.products, labels.numel()) for _ in wanted]
+    gathered = [Gathered(call.products, labels.numel(), False) for _ in wanted]
     alone = positive is negative is None
     for rows, inputs in call.chunks(_chosen(call.labels != ignore_index), keep == LOGITS and alone):
         part = call.part(rows.numel())

@@ -20,6 +20,7 @@ LOGITS_BYTES = 256 << 20  # of a chunk's logits, all contexts together
 LEAST_ROWS = 16  # of a chunk, however many columns there are
 CACHE_BYTES = 24 << 20  # of a piece's logits: a CPU's cache holds them, and malloc keeps memory of up to 32 MiB
 PIECE_ROWS = 126  # of a piece, all contexts together, however many columns: enough to have packed the head for
+ENOUGH_ROWS = 84  # for a native product to make gradients of hidden states of: fewer, and it mostly packs the head
 TILE_BYTES = 64 << 20  # of the head's rows that are upcast at a time, where they must be
 
 
@@ -146,9 +147,10 @@ class Gathered:
     the head, or on adding to a gradient of the head's size. So they are rounded, as the product rounds them, and kept
     until a chunk is full."""
 
-    def __init__(self, products: Products, rows: int) -> None:
-        """There will be at most ``rows``."""
+    def __init__(self, products: Products, rows: int, of_head: bool) -> None:
+        """There will be at most ``rows``; ``of_head``: the head's gradient is made of them, too."""
         self.products, self.all, self.most = products, rows, min(rows, products.rows(1))
+        self.enough = self.most if of_head else min(self.most, ENOUGH_ROWS)
         self.rows: list[Tensor] = []
         self.kept: Tensor | None = None
         self.begun = False
@@ -159,7 +161,7 @@ class Gathered:
         if first + rows.numel() > self.most:
             yield from self.rest(False)
             first = 0
-        if not self.products.product or rows.numel() == self.most:
+        if not self.products.product or rows.numel() >= self.enough:
             self.begun = True
             yield rows, logits_gradient, rows.numel() == self.all
             return
@@ -191,7 +193,7 @@ class Gradients:
         self.weight: Tensor | None = None  # until there are rows
         self.bias = zeros(columns, needs[2])
         self.needs = needs
-        self.gathered = Gathered(products, hidden.shape[0])
+        self.gathered = Gathered(products, hidden.shape[0], needs[1])
 
     def add(self, rows: Tensor, logits_gradient: Tensor) -> None:
         """From the gradient (M, V) of the logits of ``rows``."""

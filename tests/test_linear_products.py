@@ -131,9 +131,11 @@ def test_a_result_of_sixteen_bits_is_the_other_one_rounded(rows, columns, depth)
 
 
 @native
+@pytest.mark.parametrize("enough", [1, 40])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_pieces_of_a_chunk_change_no_bit(monkeypatch, dtype):
-    """Logits of a few rows at a time, their gradients gathered for the products of the same rows as before."""
+def test_pieces_of_a_chunk_change_no_bit(monkeypatch, dtype, enough):
+    """Logits of a few rows at a time, their gradients gathered for the products of the same rows as before; or, of a
+    frozen head, multiplied at once where there are enough."""
     contexts = [oracle.logits_like((40, 24), seed, torch.bfloat16) for seed in (1, 2, 3)]
     weight, labels = oracle.logits_like((301, 24), 4, torch.bfloat16, 0.4), oracle.labels_like((40,), 301, 5, 0.2)
     advantages = oracle.logits_like((40,), 6)
@@ -156,11 +158,13 @@ def test_pieces_of_a_chunk_change_no_bit(monkeypatch, dtype):
     monkeypatch.setattr(cpu, "product", lambda out, *rest: (calls.append(out.shape), original(out, *rest)))
     monkeypatch.setattr(linear_products, "CACHE_BYTES", 0)
     monkeypatch.setattr(linear_products, "PIECE_ROWS", 9)
+    monkeypatch.setattr(linear_products, "ENOUGH_ROWS", enough)
     for got, want in zip(run(), whole, strict=True):
         oracle.assert_same_bits(got, want)
     of_head = [shape for shape in calls if shape == (301, 24)]
     assert len(of_head) == 2  # one each for the log-probs and the loss of a trainable head
     assert sum(columns == 301 and rows <= 9 for rows, columns in calls) > 10
+    assert (sum(columns == 24 and rows <= 9 for rows, columns in calls) > 10) == (enough == 1)
 
 
 @native
