@@ -24,6 +24,7 @@ from cepo_kernels import backends
 VOCABULARY = 151_936
 WIDTH, HEAD = 1024, 49_152  # of the runs from hidden states
 ROUNDS = 7
+CLIP, TOP_K = 0.05, 100
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 
@@ -83,10 +84,10 @@ def with_gradient(contender: Contender) -> Callable[[Tensor, Tensor], tuple[Tens
     return run
 
 
-def make_inputs(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def make_inputs(rows: int, dtype: torch.dtype, gap: float = 1.0) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     student = torch.randn(rows, VOCABULARY).mul_(3)
-    return student.to(dtype), (student + torch.randn(rows, VOCABULARY)).to(dtype)
+    return student.to(dtype), (student + gap * torch.randn(rows, VOCABULARY)).to(dtype)
 
 
 @needs_native
@@ -117,6 +118,53 @@ def test_throughput(
         table.append(line(name, seconds, medians["cepo"], moved=moved, share=share, error=errors.get(name)))
     title = f"{benchmark.group}: N = {rows}, V = {VOCABULARY:,}, two tensors"
     tables.append({"group": benchmark.group, "title": title, "rows": table, "absent": absent})
+
+
+def clipped_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    q, p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    return (p.exp() * (p - q)).clamp(max=CLIP).sum()
+
+
+def top_k_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """The others as one entry, in the plain way that cancels where they are few."""
+    student, teacher = student.float(), teacher.float()
+    chosen, columns = student.topk(TOP_K, -1)
+    q = chosen - student.logsumexp(-1, keepdim=True)
+    p = teacher.gather(-1, columns) - teacher.logsumexp(-1, keepdim=True)
+    q, p = (torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).clamp_min(1e-12).log()], -1) for x in (q, p))
+    return (q.exp() * (q - p)).sum()
+
+
+AS_TRAINED: dict[str, tuple[dict[str, Any], Contender]] = {
+    "forward_kl": ({"kind": "forward_kl"}, eager("forward_kl")),
+    f"forward_kl, clip {CLIP}": ({"kind": "forward_kl", "clip": CLIP}, clipped_kl),
+    "reverse_kl": ({"kind": "reverse_kl"}, eager("reverse_kl")),
+    f"reverse_kl, top {TOP_K}": ({"kind": "reverse_kl", "top_k": TOP_K}, top_k_kl),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", AS_TRAINED)
+def test_close_rows(
+    benchmark: Any, tables: list[dict[str, Any]], request: pytest.FixtureRequest, how: str, dtype: str
+) -> None:
+    """Of rows 0.1 nats apart, as a student and its own weights with a hint are, gradient included."""
+    torch._dynamo.reset()
+    rows = request.config.getoption("--rows")
+    inputs = make_inputs(rows, DTYPES[dtype], 0.1)
+    options, formula = AS_TRAINED[how]
+    found: dict[str, Contender] = {
+        "cepo": lambda student, teacher: cepo_kernels.divergence(student, teacher, **options).sum(),
+        "torch.compile": torch.compile(formula, fullgraph=True, dynamic=False),
+        "eager": formula,
+    }
+    calls = {name: (lambda run=with_gradient(run): run(*inputs)) for name, run in found.items()}
+    benchmark.group = f"divergence of close rows, {how}, forward+gradient {dtype}"
+    medians = race(benchmark, calls, ROUNDS)
+    table = [line(name, seconds, medians["cepo"]) for name, seconds in medians.items()]
+    title = f"{benchmark.group}: N = {rows}, V = {VOCABULARY:,}"
+    tables.append({"group": benchmark.group, "title": title, "rows": table, "absent": {}})
 
 
 def error(run: Callable[..., Any], inputs: tuple[Tensor, Tensor], kind: str, gradient: bool) -> float:
