@@ -159,7 +159,8 @@ def test_close_rows(
         "torch.compile": torch.compile(formula, fullgraph=True, dynamic=False),
         "eager": formula,
     }
-    calls = {name: (lambda run=with_gradient(run): run(*inputs)) for name, run in found.items()}
+    runs = {name: with_gradient(run) for name, run in found.items()}
+    calls = {name: (lambda run=run: run(*inputs)) for name, run in runs.items()}
     benchmark.group = f"divergence of close rows, {how}, forward+gradient {dtype}"
     medians = race(benchmark, calls, ROUNDS)
     table = [line(name, seconds, medians["cepo"]) for name, seconds in medians.items()]
