@@ -12,7 +12,7 @@ import cuda_emulated
 import oracle
 import pytest
 import torch
-from divergence_oracle import check, check_masked, run
+from divergence_oracle import check, check_distant, check_masked, run
 from test_cuda_memory import EVERY_ROW, alone, byte_model
 from test_divergence import CUTS, KINDS, ROWS, VARIANTS, pair
 
@@ -95,6 +95,10 @@ def test_edge_rows(how, cut):
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_a_wholly_masked_row_is_uniform(how, cut):
     check_masked("emulated", **how, **cut)
+
+
+def test_rows_further_apart_than_float32_counts_are_right_or_nan():
+    check_distant("emulated")
 
 
 @pytest.mark.parametrize("cut", [{}, {"top_k": 20}], ids=str)

@@ -9,7 +9,7 @@ import mpmath
 import oracle
 import pytest
 import torch
-from divergence_oracle import CUTS, KINDS, ROWS, VARIANTS, check, check_masked, pair, run
+from divergence_oracle import CUTS, KINDS, ROWS, VARIANTS, check, check_distant, check_masked, pair, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -218,6 +218,10 @@ def test_rows_far_apart(backend, how):
     student[4], teacher[4] = student[4] - 1e9, teacher[4] + 1e9
     check(backend, student, teacher, **how)
     check(backend, student, teacher, top_k=20, **how)
+
+
+def test_rows_far_apart_beyond_float32_are_right_or_nan(backend):
+    check_distant(backend)
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)

@@ -391,6 +391,7 @@ def divergence_kernel(
         student_log_z = _log_sum(student_log, tail_student)
         teacher_log_z = _log_sum(teacher_log, tail_teacher)
     broken |= (student_top == float("inf")) | (teacher_top == float("inf"))
+    broken |= tl.abs(teacher_top - student_top) == float("inf")  # and no difference of logits is a number
     broken |= (student_log_z == float("-inf")) | (teacher_log_z == float("-inf"))
     if broken:
         put(out, row, tl.full((), float("nan"), tl.float64))

@@ -262,7 +262,9 @@ __global__ void __launch_bounds__(kPairThreads, 1)
         put_level<kCapped>(state, sum, student, state.student_log_z, teacher, state.teacher_log_z);
     }
     device::block_barrier();
-    if (!(state.student_log_z > -INFINITY && state.teacher_log_z > -INFINITY)) return finish_with(NAN);
+    // Where the highest logits are further apart than float32's largest number, no difference of logits is a number.
+    if (!(state.student_log_z > -INFINITY && state.teacher_log_z > -INFINITY && fabsf(state.level.gap.main) < INFINITY))
+        return finish_with(NAN);
 
     const ColumnSums found = column_sums<kForm, kCapped>(state, part);
     device::block_barrier();
