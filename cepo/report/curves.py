@@ -12,6 +12,7 @@ FILE = "curves.png"
 _EVIDENCE = {"evidence_right": "right rollouts", "evidence_wrong": "wrong rollouts"}
 _SHOWN = ("step", "accuracy", "sampled", "greedy", "entropy", "zero_variance", *_EVIDENCE, "divergence", "lam",
           "seconds")  # fmt: skip
+_MOST = 20_000  # steps of a run
 # Okabe and Ito's, which the colour-blind tell apart, without the yellow that white swallows.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 
@@ -81,12 +82,19 @@ def overlay(runs: Sequence[Path], out: Path) -> Path:
 
 
 def _drawn(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What there is to draw of a run's steps, and of its evaluations."""
-    found: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
+    """What there is to draw of a run's steps, every n-th where a picture could not show them all, and evaluations."""
+    steps: list[dict[str, Any]] = []
+    evals: list[dict[str, Any]] = []
+    every = 1
     for record in metrics.stream(run):
-        if record["kind"] in found:
-            found[record["kind"]].append({name: record[name] for name in _SHOWN if name in record})
-    return found["train"], found["eval"]
+        of = {"train": steps, "eval": evals}.get(record["kind"])
+        if of is None or (of is steps and record["step"] % every):
+            continue
+        of.append({name: record[name] for name in _SHOWN if name in record})
+        if len(steps) > _MOST:
+            every *= 2
+            steps[:] = [record for record in steps if record["step"] % every == 0]
+    return steps, evals
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
