@@ -376,10 +376,14 @@ def fuzzed() -> str:
 
 def resident() -> str:
     of = _measured("reliability.json")["memory"]
-    return (
-        f"{of['steps']:,} steps in {of['minutes']:g} minutes, the last {of['measured']:,} of them measured: "
-        f"{of['bytes_per_10000_steps'] / 1024:+,.0f} KiB (standard error {of['error'] / 1024:,.0f}) of resident memory "
-        f"per 10,000 steps, beside {of['last'] / 2**20:,.0f} MiB."
+    lines = ["| in 10,000 steps | grows by | standard error |", "|---|---:|---:|"]
+    for name, what, unit in (("resident", "KiB resident", 1024), ("allocated", "KiB that malloc has given out", 1024),
+                             ("blocks", "Python's objects", 1)):  # fmt: skip
+        rise, error = (value / unit for value in of["per_10000_steps"][name])
+        lines.append(f"| {what} | {rise:+,.0f} | {error:,.0f} |")
+    return "\n".join(lines) + (
+        f"\n\nThe last {of['measured']:,} of {of['steps']:,} steps in {of['minutes']:g} minutes, "
+        f"beside {of['last'] / 2**20:,.0f} MiB."
     )
 
 

@@ -10,6 +10,8 @@ Writes benchmarks/results/reliability.json, part by part; without arguments all 
     inputs    random configs and JSONL files (`fuzz_inputs.py`)
     memory    resident memory over as many steps of a tiny model as fit into --minutes
     network   training and evaluation where no connection can be made
+
+With `--add --seed N` a part of which there are results already is tried again at random, and counted with them.
 """
 
 from __future__ import annotations
@@ -119,7 +121,7 @@ def damage(folder: Path, seed: int = 0) -> dict[str, Any]:
             "wrong": [*wrong, *(f"{name}: {what}" for name, what in code.items() if what != "refused")]}  # fmt: skip
 
 
-def disk(count: int, folder: Path, seed: int = 0) -> dict[str, Any]:
+def disk(count: int, seed: int, folder: Path) -> dict[str, Any]:
     """In a tmpfs at `folder`: leave room for a random part of the next save, then all the room it needs."""
     rng = random.Random(seed)
     whole, base, run = folder.parent / "whole", folder.parent / "base", folder / "run"
@@ -157,12 +159,12 @@ def disk(count: int, folder: Path, seed: int = 0) -> dict[str, Any]:
     return {"trials": count, "where": dict(found), "wrong": wrong}
 
 
-def disk_in_tmpfs(count: int) -> dict[str, Any]:
+def disk_in_tmpfs(count: int, seed: int) -> dict[str, Any]:
     """`disk` in a process with a mount of its own."""
     with tempfile.TemporaryDirectory() as folder:
         inside, out = Path(folder, "small"), Path(folder, "out.json")
         inside.mkdir()
-        again = f"{sys.executable} {__file__} disk --at {inside} --out {out} --disk {count}"
+        again = f"{sys.executable} {__file__} disk --at {inside} --out {out} --disk {count} --seed {seed}"
         command = f"mount -t tmpfs -o size=64m tmpfs {inside} && exec {again}"
         done = subprocess.run(["unshare", "-rm", "sh", "-c", command], check=False)
         if not out.exists():
@@ -182,7 +184,7 @@ def ops(calls: int, chunk: int = 10_000, seed: int = 0) -> dict[str, Any]:
             span = ("--first", str(first), "--calls", str(min(chunk, calls - first)), "--seed", str(seed))
             command = [sys.executable, str(ROOT / "benchmarks/fuzz_ops.py"), *span, "--at", str(at)]
             try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+                done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
                 told = json.loads(done.stdout)
             except (subprocess.TimeoutExpired, ValueError) as error:
                 wrong.append(f"{at.read_text() if at.exists() else first}: crashed or hung: {type(error).__name__}")
@@ -199,21 +201,24 @@ def inputs(configs: int, files: int, seed: int = 0) -> dict[str, Any]:
 
 
 def memory(minutes: float, folder: Path) -> dict[str, Any]:
-    """Resident bytes at every step of a run with evaluations, checkpoints and samples, after its first third."""
-    resident: list[int] = []
+    """Memory at every step of a run with evaluations, checkpoints and samples; how it grows after the first third."""
+    found: dict[str, list[int]] = {"resident": [], "allocated": [], "blocks": []}
     page = os.sysconf("SC_PAGE_SIZE")
     end = time.perf_counter() + 60 * minutes
 
     def each(record: dict[str, Any]) -> bool:
         if record["kind"] == "train":
-            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * page)
+            found["resident"].append(int(Path("/proc/self/statm").read_text().split()[1]) * page)
+            found["allocated"].append(trials.allocated())
+            found["blocks"].append(sys.getallocatedblocks())
         return time.perf_counter() < end
 
     trials.endless_run(folder, each)
-    kept = torch.tensor(resident[len(resident) // 3 :], dtype=torch.float64)
-    slope, error = trials.slope(kept)
-    return {"steps": len(resident), "measured": len(kept), "bytes_per_10000_steps": slope * 1e4, "error": error * 1e4,
-            "first": resident[len(resident) // 3], "last": resident[-1], "minutes": minutes, "wrong": []}  # fmt: skip
+    steps = len(found["resident"])
+    kept = {name: torch.tensor(values[steps // 3 :], dtype=torch.float64) for name, values in found.items()}
+    slopes = {name: [1e4 * of for of in trials.slope(values)] for name, values in kept.items()}
+    return {"steps": steps, "measured": steps - steps // 3, "minutes": minutes, "per_10000_steps": slopes,
+            "last": found["resident"][-1], "wrong": []}  # fmt: skip
 
 
 def network(folder: Path) -> dict[str, Any]:
@@ -235,6 +240,13 @@ def network(folder: Path) -> dict[str, Any]:
     }
 
 
+def added(one: Any, other: Any) -> Any:
+    """Two results of a part as one."""
+    if isinstance(one, dict):
+        return {**one, **{name: added(one[name], value) if name in one else value for name, value in other.items()}}
+    return other if isinstance(one, str) else one + other
+
+
 def main() -> int:
     parts = ("kills", "damage", "disk", "steps", "ops", "inputs", "memory", "network")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,6 +257,8 @@ def main() -> int:
     parser.add_argument("--configs", type=int, default=10_000)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--add", action="store_true", help="count kills, disk, ops and inputs with those of before")
     parser.add_argument("--at", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -257,13 +271,14 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             return part(Path(folder))
 
+    numbers = (arguments.disk, arguments.seed)
     doing: dict[str, Callable[[], dict[str, Any]]] = {
-        "kills": lambda: within(lambda folder: kills(arguments.kills, folder)),
+        "kills": lambda: within(lambda folder: kills(arguments.kills, folder, arguments.seed)),
         "damage": lambda: within(damage),
-        "disk": lambda: disk(arguments.disk, arguments.at) if arguments.at else disk_in_tmpfs(arguments.disk),
+        "disk": lambda: disk(*numbers, arguments.at) if arguments.at else disk_in_tmpfs(*numbers),
         "steps": lambda: within(broken_steps.run_all),
-        "ops": lambda: ops(arguments.calls),
-        "inputs": lambda: inputs(arguments.configs, arguments.files),
+        "ops": lambda: ops(arguments.calls, seed=arguments.seed),
+        "inputs": lambda: inputs(arguments.configs, arguments.files, arguments.seed),
         "memory": lambda: within(lambda folder: memory(arguments.minutes, folder)),
         "network": lambda: within(network),
     }
@@ -273,6 +288,8 @@ def main() -> int:
         found = doing[name]()
         found |= {"seconds": time.perf_counter() - start, "date": date.today().isoformat()}
         result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+        if arguments.add and name in ("kills", "disk", "ops", "inputs") and name in result:
+            found = added(result[name], found)
         result |= {"machine": machine(), name: found}
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
         print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pickle
@@ -295,6 +296,21 @@ def without_network() -> None:
     socket.getaddrinfo = socket.create_connection = refuse  # type: ignore[assignment]
 
 
+class _Mallinfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+
+
+def allocated() -> int:
+    """Bytes that malloc has given out and nobody has freed; Python keeps its small objects elsewhere."""
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = _Mallinfo
+    found = ask()
+    return int(found.uordblks + found.hblkhd)
+
+
 def endless_run(folder: Path, each: Callable[[dict[str, Any]], bool]) -> None:
     """A run of a very small model, with all that a run does now and then, until `each` of its records says no."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
@@ -309,7 +325,7 @@ def endless_run(folder: Path, each: Callable[[dict[str, Any]], bool]) -> None:
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     options = {
-        "policy.model": folder / "model", "rollout.prompts": 2, "rollout.group_size": 4, "rollout.max_new_tokens": 6,
+        "policy.model": folder / "model", "rollout.prompts": 2, "rollout.group_size": 2, "rollout.max_new_tokens": 2,
         "train.steps": 10**8, "train.lr": 1e-5, "credit.lam_steps": 0, "reward.name": "self_certainty",
         "eval.every": 250, "eval.problems": 4, "checkpoint.every": 250, "report.every": 250,
     }  # fmt: skip

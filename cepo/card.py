@@ -72,8 +72,7 @@ def _options(options: dict[str, Any]) -> str:
 
 
 def _measured(run: Path, step: int) -> str:
-    records = [record for record in metrics.read(run) if record["step"] <= step]
-    evaluated = [record for record in records if record["kind"] == "eval"]
+    evaluated = [record for record in metrics.stream(run, "eval") if record["step"] <= step]
     if not evaluated:
         return "Nothing was evaluated."
     lines = [

@@ -147,8 +147,7 @@ def _parser(command: str) -> _Parser:
     )
 
 
-def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
-    """The checked config of a command line, and what else was given. Raises InputError."""
+def _parser_of_configs(command: str) -> _Parser:
     from cepo.config import Config, DiagnoseConfig
 
     parser = _parser(command)
@@ -160,6 +159,14 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
         parser.add_argument("--out", help="JSON file for all the numbers")
         parser.add_class_arguments(DiagnoseConfig, "diagnose")
     parser.add_class_arguments(Config, as_group=True)
+    return parser
+
+
+def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
+    """The checked config of a command line, and what else was given. Raises InputError."""
+    from cepo.config import Config
+
+    parser = _parser_of_configs(command)
     arguments = list(arguments)
     resume = _values(arguments, "--resume")
     if command == "train" and resume:

@@ -58,14 +58,33 @@ def append(run: Path, record: dict[str, Any]) -> None:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All whole records. A last line that a crash cut short is left out, one before it with a warning."""
-    lines = (run / FILE).read_bytes().splitlines() if (run / FILE).exists() else []
-    records = [_record(line) for line in lines]
-    if damaged := [number for number, record in enumerate(records[:-1], 1) if record is None]:
+    """All records that `stream` gives."""
+    return list(stream(run))
+
+
+def stream(run: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
+    """Whole records one at a time, of one kind if given: those of a long run fill a memory.
+
+    A last line that a crash cut short is left out, one before it with a warning.
+    """
+    name = b"" if kind is None else json.dumps(kind).encode()
+    damaged: list[int] = []
+    if not (run / FILE).exists():
+        return
+    with (run / FILE).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if name not in line:
+                continue
+            if (record := _record(line)) is None:
+                damaged.append(number)
+            elif kind in (None, record["kind"]):
+                yield record
+    if damaged and damaged[-1] == number:
+        damaged.pop()
+    if damaged:
         logger.warning(
             "%s: left out %d lines that are no records, the first is %d", run / FILE, len(damaged), damaged[0]
         )
-    return [record for record in records if record is not None]
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
@@ -79,9 +98,10 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 def cut_back(run: Path, step: int | None) -> None:
     """Drop what was recorded after `step`, or everything if None: those steps will be taken again."""
-    kept = [record for record in read(run) if step is not None and record["step"] <= step]
-    with checkpoint.replacing(run / FILE) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    with checkpoint.replacing(run / FILE) as temporary, temporary.open("w") as file:
+        for record in stream(run) if step is not None else ():
+            if record["step"] <= step:
+                file.write(json.dumps(record) + "\n")
 
 
 def mean(values: Tensor) -> float | None:

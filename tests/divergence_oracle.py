@@ -132,3 +132,30 @@ def check(backend: str, student: Tensor, teacher: Tensor, absolute: float = 1e-1
     allowed = oracle.RELATIVE * np.where(np.isfinite(size), abs(size), 0) + absolute
     oracle.assert_close(values, want, 0.0, allowed, "values")
     oracle.assert_gradient(gradient, slope, student.dtype, 3e-5)
+
+
+def check_masked(backend: str, **options: Any) -> None:
+    """A row that is all of the lowest numbers is a uniform one, on either side."""
+    student, level = pair(shape=(2,))[0], torch.zeros(2, 900)
+    masked = torch.stack([torch.full((900,), torch.finfo(torch.float32).min), torch.full((900,), -1e30)])
+    for one, other, like in ((student, masked, (student, level)), (masked, student, (level, student))):
+        values, gradient = run(backend, one, other, **options)
+        want, slope = run(backend, *like, **options)
+        oracle.assert_close(values, want.numpy(), 2 * oracle.RELATIVE)
+        torch.testing.assert_close(gradient, slope, rtol=1e-4, atol=1e-8)
+
+
+def check_distant(backend: str) -> None:
+    """Where float32 has no number for the difference of two logits, the right value or none."""
+    lowest = torch.finfo(torch.float32).min
+    student, teacher = pair(vocabulary=64, shape=(4,))
+    student[0], teacher[0, 3] = lowest, 2e38
+    student[1], teacher[1] = -2e38, 3e38
+    student[2], teacher[2] = 2e38, lowest
+    values, gradient = run(backend, student, teacher, kind="jsd")
+    want, slope = run("reference", student, teacher, kind="jsd")
+    right = torch.isclose(values, want, rtol=1e-5)
+    assert right[3:].all()
+    assert (right | values.isnan()).all()
+    assert torch.isclose(gradient, slope, rtol=1e-4, atol=1e-7)[right].all()
+    assert gradient[values.isnan()].isnan().all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,17 @@ def test_it_says_what_the_config_says(
     assert "| 0 | test | 8 | 0.250 | 0.500 |" in text
     assert "0.900" not in text, "measured after this step"
     assert "license" not in got_header
+
+
+def test_a_card_costs_the_same_memory_however_many_steps_a_run_has(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run")
+    card.text(run, 9)  # what is imported and cached once
+    steps = {"kind": "train", "step": 5, **{f"column {i}": 0.1 * i for i in range(30)}}
+    with (run / metrics.FILE).open("a") as file:
+        file.writelines(json.dumps(steps) + "\n" for _ in range(2000))
+    tracemalloc.start()
+    try:
+        card.text(run, 9)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()

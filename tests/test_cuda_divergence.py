@@ -12,7 +12,7 @@ import cuda_emulated
 import oracle
 import pytest
 import torch
-from divergence_oracle import check, run
+from divergence_oracle import check, check_distant, check_masked, run
 from test_cuda_memory import EVERY_ROW, alone, byte_model
 from test_divergence import CUTS, KINDS, ROWS, VARIANTS, pair
 
@@ -89,6 +89,16 @@ def test_edge_rows(how, cut):
     student[2], teacher[3] = student[2] * 1e7, teacher[3] * 1e30
     student[4, 5], teacher[5, 6] = math.nan, math.inf
     check("emulated", student, teacher, **how, **cut)
+
+
+@pytest.mark.parametrize("how", VARIANTS[:4], ids=str)
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_a_wholly_masked_row_is_uniform(how, cut):
+    check_masked("emulated", **how, **cut)
+
+
+def test_rows_further_apart_than_float32_counts_are_right_or_nan():
+    check_distant("emulated")
 
 
 @pytest.mark.parametrize("cut", [{}, {"top_k": 20}], ids=str)

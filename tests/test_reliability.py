@@ -23,6 +23,7 @@ from cepo.cli import main
 from cepo.errors import InputError
 from cepo.parts import load_parts
 from cepo.policy import EMBEDDED
+from cepo.report import curves
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import broken_steps
@@ -92,6 +93,17 @@ def whole(path: Path, **files: bytes) -> Path:
     manifest = {"step": int(path.name.removeprefix("step-")), "files": digests}
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest, indent=1))
     return path
+
+
+def test_a_picture_holds_no_more_of_a_long_run_than_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "_MOST", 50)
+    lines = [{"kind": "train", "step": step, "entropy": 1.0, "length": 2.0} for step in range(1, 1001)]
+    lines += [{"kind": "eval", "step": step, "greedy": 0.5} for step in (0, 999, 1000)]
+    (tmp_path / metrics.FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps, evals = curves._drawn(tmp_path)
+    assert [record["step"] for record in steps] == list(range(32, 1001, 32))
+    assert steps[0] == {"step": 32, "entropy": 1.0}
+    assert [record["step"] for record in evals] == [0, 999, 1000]
 
 
 def test_no_flipped_bit_of_a_manifest_makes_it_another_checkpoint(tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ from cepo import checkpoint, metrics
 
 FILE = "curves.png"
 _EVIDENCE = {"evidence_right": "right rollouts", "evidence_wrong": "wrong rollouts"}
+_SHOWN = ("step", "accuracy", "sampled", "greedy", "entropy", "zero_variance", *_EVIDENCE, "divergence", "lam",
+          "seconds")  # fmt: skip
+_MOST = 20_000  # steps of a run
 # Okabe and Ito's, which the colour-blind tell apart, without the yellow that white swallows.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 
@@ -24,9 +27,7 @@ def draw(run: Path, out: Path | None = None) -> Path:
     """Plot metrics.jsonl of `run` into `out`, its own curves.png if None, and return the path."""
     from matplotlib.figure import Figure
 
-    records = metrics.read(run)
-    steps = [record for record in records if record["kind"] == "train"]
-    evals = [record for record in records if record["kind"] == "eval"]
+    steps, evals = _drawn(run)
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     accuracy, entropy, evidence, seconds = figure.subplots(2, 2).flat
     _lines(accuracy, steps, {"accuracy": "training rollouts"}, alpha=0.4)
@@ -57,9 +58,7 @@ def overlay(runs: Sequence[Path], out: Path) -> Path:
     panels = list(figure.subplots(2, 2).flat)
     sampled, greedy, accuracy, entropy = panels
     for number, (run, name) in enumerate(zip(runs, _names(runs), strict=True)):
-        records = metrics.read(run)
-        steps = [record for record in records if record["kind"] == "train"]
-        evals = [record for record in records if record["kind"] == "eval"]
+        steps, evals = _drawn(run)
         style = {
             "color": _COLOURS[number % len(_COLOURS)],
             "linestyle": ("-", "--", ":", "-.")[number // len(_COLOURS) % 4],
@@ -80,6 +79,22 @@ def overlay(runs: Sequence[Path], out: Path) -> Path:
         legend |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(legend.values(), legend, loc="outside lower center", ncols=2, fontsize=9)
     return _save(figure, out)
+
+
+def _drawn(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What there is to draw of a run's steps, every n-th where a picture could not show them all, and evaluations."""
+    steps: list[dict[str, Any]] = []
+    evals: list[dict[str, Any]] = []
+    every = 1
+    for record in metrics.stream(run):
+        of = {"train": steps, "eval": evals}.get(record["kind"])
+        if of is None or (of is steps and record["step"] % every):
+            continue
+        of.append({name: record[name] for name in _SHOWN if name in record})
+        if len(steps) > _MOST:
+            every *= 2
+            steps[:] = [record for record in steps if record["step"] % every == 0]
+    return steps, evals
 
 
 def _names(runs: Sequence[Path]) -> list[str]:

@@ -263,26 +263,29 @@ def _log_sum(a, b):
 
 
 @triton.jit
+def _log_total(total, top, origin, unit):
+    """Of what `sums` found, relative to the highest."""
+    return _log(total) + (origin - top) * unit
+
+
+@triton.jit
 def _level(
     unit, inner, student_top, student_total, student_log, student_log_z,
     teacher_top, teacher_total, teacher_log, teacher_log_z, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """A part's constants, from each row's highest, its sum relative to that, the logarithm of the sum and that of the
-    whole that probabilities are of."""
+    whole that probabilities are of, both relative to it too: beside -1e30 a logarithm has no digits left."""
     inner_high = inner.to(tl.float32)
     inner_low = (inner - inner_high.to(tl.float64)).to(tl.float32)
     student_share = tl.exp(student_log - student_log_z) / tl.where(student_total > 0.0, student_total, 1.0)
     teacher_share = tl.exp(teacher_log - teacher_log_z) / tl.where(teacher_total > 0.0, teacher_total, 1.0)
+    log_gap = teacher_log_z - student_log_z
     if SOFTCAP:
-        gap = teacher_log_z - student_log_z
+        gap = log_gap + (teacher_top.to(tl.float64) - student_top) * unit
         gap_high = gap.to(tl.float32)
         gap_low = (gap - gap_high.to(tl.float64)).to(tl.float32)
-        log_gap = gap
     else:  # the highest logits apart: a row of 1e30 leaves no digits for the other's
         gap_high, gap_low = _difference(teacher_top, student_top)
-        log_gap = (teacher_log_z - teacher_top.to(tl.float64) * unit) - (
-            student_log_z - student_top.to(tl.float64) * unit
-        )
     return (
         (unit * LOG2E).to(tl.float32), unit.to(tl.float32), inner_high, inner_low, student_top, teacher_top,
         student_share.to(tl.float32), teacher_share.to(tl.float32), gap_high, gap_low, log_gap.to(tl.float32),
@@ -353,20 +356,20 @@ def divergence_kernel(
         threshold = tl.load(thresholds + row)
         pick = (threshold, _last_chosen(student, vocabulary, threshold, tl.load(equals + row), BLOCK))
         order = student
-        s, top, origin, _, _ = sums(
+        s, tail_teacher_top, origin, _, _ = sums(
             teacher, vocabulary, vocabulary, unit, inner, SOFTCAP, False, BLOCK, UNROLL, order, pick, False
         )
-        tail_teacher = _log(s) + origin * unit
-        broken = top == float("inf")
-        tail_total, tail_top, student_origin, _, _ = sums(
+        tail_teacher = _log_total(s, tail_teacher_top, origin, unit)
+        broken = tail_teacher_top == float("inf")
+        tail_total, tail_top, origin, _, _ = sums(
             student, vocabulary, vocabulary, unit, inner, SOFTCAP, False, BLOCK, UNROLL, order, pick, False
         )
-        tail_student = _log(tail_total) + student_origin * unit
+        tail_student = _log_total(tail_total, tail_top, origin, unit)
         broken |= tail_top == float("inf")
         if (tail_student > float("-inf")) & (tail_teacher > float("-inf")) & (broken == 0):
             level = _level(
-                unit, inner, tail_top, tail_total, tail_student, tail_student, top, s, tail_teacher, tail_teacher,
-                SOFTCAP,
+                unit, inner, tail_top, tail_total, tail_student, tail_student,
+                tail_teacher_top, s, tail_teacher, tail_teacher, SOFTCAP,
             )  # fmt: skip
             _, shift, _, _, _ = _sum(
                 student, teacher, vocabulary, pick, level, mixture, clip, FORWARD, TAIL, False, SOFTCAP, BLOCK
@@ -375,17 +378,20 @@ def divergence_kernel(
     teacher_total, teacher_top, origin, _, _ = sums(
         teacher, vocabulary, vocabulary, unit, inner, SOFTCAP, False, BLOCK, UNROLL, order, pick, True
     )
-    teacher_log = _log(teacher_total) + origin * unit
+    teacher_log = _log_total(teacher_total, teacher_top, origin, unit)
     student_total, student_top, origin, _, _ = sums(
         student, vocabulary, vocabulary, unit, inner, SOFTCAP, False, BLOCK, UNROLL, order, pick, True
     )
-    student_log = _log(student_total) + origin * unit
+    student_log = _log_total(student_total, student_top, origin, unit)
     student_log_z = student_log
     teacher_log_z = teacher_log
     if TOP_K:
+        tail_student += (tail_top.to(tl.float64) - student_top) * unit
+        tail_teacher += (tail_teacher_top.to(tl.float64) - teacher_top) * unit
         student_log_z = _log_sum(student_log, tail_student)
         teacher_log_z = _log_sum(teacher_log, tail_teacher)
     broken |= (student_top == float("inf")) | (teacher_top == float("inf"))
+    broken |= tl.abs(teacher_top - student_top) == float("inf")  # and no difference of logits is a number
     broken |= (student_log_z == float("-inf")) | (teacher_log_z == float("-inf"))
     if broken:
         put(out, row, tl.full((), float("nan"), tl.float64))

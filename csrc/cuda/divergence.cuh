@@ -163,23 +163,25 @@ CEPO_DEVICE ColumnSums column_sums(PairState& state, Part part) {
 // --- rows ------------------------------------------------------------------------------------------------------------
 
 CEPO_DEVICE double log_of(double x) { return x == 0.0 ? -INFINITY : log(x); }
-CEPO_DEVICE double log_total(const PartSum& sum, float unit) {
-    return log_of(sum.total) + static_cast<double>(sum.top) * unit;
+// How far the highest of one part is above that of another, in nats.
+CEPO_DEVICE double above(const PartSum& part, const PartSum& other, float unit) {
+    return (static_cast<double>(part.top) - other.top) * unit;
 }
 CEPO_DEVICE double log_sum(double a, double b) {
     const double top = fmax(a, b), origin = top == -INFINITY ? 0.0 : top;
     return origin + log_of(exp(a - origin) + exp(b - origin));
 }
-// Of a part, where its rows' wholes have the logarithms student_log_z and teacher_log_z. By thread 0.
+// Of a part, where its rows' wholes have the logarithms student_log_z and teacher_log_z, all relative to the part's
+// highest: beside -1e30 a logarithm has no digits left. By thread 0.
 template <bool kCapped>
 CEPO_DEVICE void put_level(PairState& state, const PairSum& part, double student_log, double student_log_z,
                            double teacher_log, double teacher_log_z) {
     const auto factor = [](const PartSum& sum, double log, double log_z) {
         return static_cast<float>(sum.total > 0.0 ? exp(log - log_z) / sum.total : 0.0);
     };
-    const double unit = state.rows.unit, whole = teacher_log_z - student_log_z;
+    const double logs = teacher_log_z - student_log_z;
+    const double whole = logs + above(part.teacher, part.student, state.rows.unit);
     const float main = static_cast<float>(whole);
-    const double logs = (teacher_log_z - part.teacher.top * unit) - (student_log_z - part.student.top * unit);
     state.level = {
         part.student.top,
         part.teacher.top,
@@ -195,7 +197,7 @@ template <bool kCapped>
 CEPO_DEVICE bool sum_tail(PairState& state, float threshold, int equals, float clip) {
     find_last_chosen(state, threshold, equals);
     const PairSum tail = pair_sum<kCapped>(state, Part::kTail);
-    const double student = log_total(tail.student, state.rows.unit), teacher = log_total(tail.teacher, state.rows.unit);
+    const double student = log_of(tail.student.total), teacher = log_of(tail.teacher.total);
     if (device::thread_index() == 0) {
         state.tail = tail;
         state.log_p = teacher, state.log_q = student;
@@ -249,9 +251,10 @@ __global__ void __launch_bounds__(kPairThreads, 1)
         return finish_with(NAN);
     const PairSum sum = pair_sum<kCapped>(state, part);
     if (thread == 0) {
-        const double student = log_total(sum.student, state.rows.unit);
-        const double teacher = log_total(sum.teacher, state.rows.unit);
+        const double student = log_of(sum.student.total), teacher = log_of(sum.teacher.total);
         state.sum = sum;
+        state.log_q += above(state.tail.student, sum.student, state.rows.unit);
+        state.log_p += above(state.tail.teacher, sum.teacher, state.rows.unit);
         state.student_log = student, state.teacher_log = teacher;
         state.student_log_z = thresholds ? log_sum(student, state.log_q) : student;
         state.teacher_log_z = thresholds ? log_sum(teacher, state.log_p) : teacher;
@@ -259,7 +262,9 @@ __global__ void __launch_bounds__(kPairThreads, 1)
         put_level<kCapped>(state, sum, student, state.student_log_z, teacher, state.teacher_log_z);
     }
     device::block_barrier();
-    if (!(state.student_log_z > -INFINITY && state.teacher_log_z > -INFINITY)) return finish_with(NAN);
+    // Where the highest logits are further apart than float32's largest number, no difference of logits is a number.
+    if (!(state.student_log_z > -INFINITY && state.teacher_log_z > -INFINITY && fabsf(state.level.gap.main) < INFINITY))
+        return finish_with(NAN);
 
     const ColumnSums found = column_sums<kForm, kCapped>(state, part);
     device::block_barrier();
