@@ -253,8 +253,10 @@ __global__ void __launch_bounds__(kPairThreads, 1)
     if (thread == 0) {
         const double student = log_of(sum.student.total), teacher = log_of(sum.teacher.total);
         state.sum = sum;
-        state.log_q += above(state.tail.student, sum.student, state.rows.unit);
-        state.log_p += above(state.tail.teacher, sum.teacher, state.rows.unit);
+        if (thresholds) {
+            state.log_q += above(state.tail.student, sum.student, state.rows.unit);
+            state.log_p += above(state.tail.teacher, sum.teacher, state.rows.unit);
+        }
         state.student_log = student, state.teacher_log = teacher;
         state.student_log_z = thresholds ? log_sum(student, state.log_q) : student;
         state.teacher_log_z = thresholds ? log_sum(teacher, state.log_p) : teacher;
