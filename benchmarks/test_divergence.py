@@ -149,7 +149,7 @@ AS_TRAINED: dict[str, tuple[dict[str, Any], Contender]] = {
 def test_close_rows(
     benchmark: Any, tables: list[dict[str, Any]], request: pytest.FixtureRequest, how: str, dtype: str
 ) -> None:
-    """Of rows 0.1 nats apart, as a student and its own weights with a hint are, gradient included."""
+    """Of rows .005 nats apart, as a student and its own weights with a hint may be, gradient included."""
     torch._dynamo.reset()
     rows = request.config.getoption("--rows")
     inputs = make_inputs(rows, DTYPES[dtype], 0.1)

@@ -34,7 +34,7 @@ def tracked(records: Iterable[Record], config: Config, run: Path, done: int = 0)
     if not config.log.trackers:
         yield from records
         return
-    trackers = {name: _started(name, config, run, done) for name in dict.fromkeys(config.log.trackers)}
+    trackers: dict[str, Any] = {}
 
     def each(act: str, *told: Any) -> None:
         for name, tracker in list(trackers.items()):
@@ -45,6 +45,8 @@ def tracked(records: Iterable[Record], config: Config, run: Path, done: int = 0)
                 logger.warning("log.trackers: %s failed and is told no more: %s", name, one_line(error)[:200])
 
     try:
+        for name in dict.fromkeys(config.log.trackers):
+            trackers[name] = _started(name, config, run, done)
         for record in records:
             values = {k: v for k, v in flat(record).items() if isinstance(v, (int, float)) and k != "step"}
             each("log", {f"{record['kind']}/{name}": value for name, value in values.items()}, record["step"])

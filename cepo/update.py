@@ -96,7 +96,7 @@ def make_batch(
 
 
 def credit_ahead(
-    parts: Parts, batch: Batch, rewards: Sequence[float | None], success: Sequence[bool], step: int, clock: Clock
+    parts: Parts, batch: Batch, outcomes: Sequence[float | None], success: Sequence[bool], step: int, clock: Clock
 ) -> Batch:
     """`batch` with the token advantages of a credit that makes them before the update; 0 where it needs none."""
     if parts.token_advantages is None:
@@ -107,7 +107,7 @@ def credit_ahead(
     if needed.any():
         with clock.phase("token_advantages"), whole(parts.policy.model):
             made = parts.token_advantages(
-                parts, batch, passes_of(parts, share_of(parts, needed)), rewards, success, step
+                parts, batch, passes_of(parts, share_of(parts, needed)), outcomes, success, step
             )
         ahead.advantages[places] = made.advantages.float()
         _scatter(ahead.tokens, _kept(made.tokens), places)

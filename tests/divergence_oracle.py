@@ -146,7 +146,7 @@ def check_masked(backend: str, **options: Any) -> None:
 
 
 def check_distant(backend: str) -> None:
-    """Where float32 has no number for the difference of two logits, the right value or none."""
+    """Where float32 has no number for the difference of two logits, the right value, or on a GPU none."""
     lowest = torch.finfo(torch.float32).min
     student, teacher = pair(vocabulary=64, shape=(4,))
     student[0], teacher[0, 3] = lowest, 2e38
@@ -155,7 +155,7 @@ def check_distant(backend: str) -> None:
     values, gradient = run(backend, student, teacher, kind="jsd")
     want, slope = run("reference", student, teacher, kind="jsd")
     right = torch.isclose(values, want, rtol=1e-5)
-    assert right[3:].all()
+    assert right[0 if backend.startswith(("cpu", "reference")) else 3 :].all()
     assert (right | values.isnan()).all()
     assert torch.isclose(gradient, slope, rtol=1e-4, atol=1e-7)[right].all()
     assert gradient[values.isnan()].isnan().all()

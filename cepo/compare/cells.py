@@ -98,7 +98,7 @@ class Store:
 
 
 def _is_sound(record: Any) -> TypeGuard[Record]:
-    """Whether a record is one that somebody may have edited, but not beyond what a table can be made of."""
+    """Whether a record has what decides whose it is, and accuracies."""
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict) or "hash" not in record:
         return False
     curve = record.get("curve")

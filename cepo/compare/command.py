@@ -12,10 +12,10 @@ from jsonargparse import ArgumentParser
 
 from cepo import checkpoint
 from cepo.compare import table
-from cepo.compare.cells import Record, Store, run
+from cepo.compare.cells import FOLDER, Record, Store, run
 from cepo.compare.plan import BASE, Plan, load
 from cepo.compare.results import schedule, summarise, whole
-from cepo.errors import InputError
+from cepo.errors import InputError, one_line
 from cepo.parts import load_parts
 
 
@@ -32,7 +32,11 @@ def compare(
     Raises InputError if `out` holds such cells, or cannot be written.
     """
     store, began = Store(out), time.monotonic()
-    _replace_stale(plan, store, redo)
+    if not redo:
+        _refuse_stale(plan, store, ", or --redo to replace them")
+    for cell in plan.every():
+        if store.stale(cell):
+            store.discard(cell)
     for number, cell in enumerate(schedule(plan, store), 1):
         record = store.get(cell)
         if record is not None and "error" not in record:
@@ -45,7 +49,11 @@ def compare(
 
 def report(plan: Plan, out: Path) -> Record:
     """Write results.json, results.md and results.png from the cells that are there; returns the first."""
-    summary = summarise(plan, Store(out))
+    try:
+        summary = summarise(plan, Store(out))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        why = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{out / FOLDER}: expected cells as they were written, got edited ones ({why})") from error
     with checkpoint.replacing(out / "results.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1) + "\n")
     with checkpoint.replacing(out / "results.md") as temporary:
@@ -72,7 +80,7 @@ def main(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     if given.report_only and not out.is_dir():
         raise InputError(f"--out: expected a directory with cells, got {str(out)!r}")
     if given.report_only:
-        _replace_stale(plan, Store(out), redo=False)
+        _refuse_stale(plan, Store(out))
     else:
         for task in plan.tasks:  # a model or a backend that is not there would fail in cell after cell
             load_parts(plan.configs[task, BASE])
@@ -92,15 +100,12 @@ def main(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     return 0 if whole(summary) else 1
 
 
-def _replace_stale(plan: Plan, store: Store, redo: bool) -> None:
-    stale = [(cell, difference) for cell in plan.every() if (difference := store.stale(cell))]
-    if stale and not redo:
+def _refuse_stale(plan: Plan, store: Store, instead: str = "") -> None:
+    if stale := [difference for cell in plan.every() if (difference := store.stale(cell))]:
         raise InputError(
-            f"--out: expected cells of this plan, got {len(stale)} of another configuration, the first {stale[0][1]}; "
-            "give another directory, or --redo to replace them"
+            f"--out: expected cells of this plan, got {len(stale)} of another configuration, the first {stale[0]}; "
+            f"give another directory{instead}"
         )
-    for cell, _ in stale:
-        store.discard(cell)
 
 
 def _told(record: Record, plan: Plan) -> str:

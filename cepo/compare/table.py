@@ -150,11 +150,13 @@ def draw(summary: Record, path: Path) -> None:
 
 def _draw_curves(axes: Any, task: str, found: Record, metric: str, looks: dict[str, dict[str, Any]]) -> None:
     if found["base"]:
-        axes.axhline(found["base"][metric], color="grey", linewidth=0.8, linestyle=":")
+        axes.axhline(found["base"][metric], color="grey", linewidth=0.8, linestyle=":", label="base")
     for name, look in looks.items():
         curve = found["methods"][name]["curve"]
-        axes.plot([point["step"] for point in curve], [point[metric]["mean"] for point in curve], **look)
+        label = name if name == next(iter(looks)) else None  # the others by their colours below
+        axes.plot([point["step"] for point in curve], [point[metric]["mean"] for point in curve], label=label, **look)
     axes.set(title=task, xlabel="step", ylabel=f"held-out accuracy, {metric}")
+    axes.legend(loc="upper left")
     axes.grid(alpha=0.3)
 
 

@@ -100,14 +100,16 @@ def token_advantages(
     parts: Parts,
     batch: Batch,
     rows: list[list[int]],
-    rewards: Sequence[float | None],
+    outcomes: Sequence[float | None],
     success: Sequence[bool],
     step: int,
 ) -> TokenAdvantages:
-    """Token advantages of the rollouts in `rows`; 0 for those without a reward.
+    """Token advantages of the rollouts in `rows`, from what v estimates: the task's scores, or a function's rewards.
+
+    0 for those without one.
 
     Recorded of every token are `value` and `segment_reward`, v and r of its segment. Statistics: `segments` per
-    rollout; `segment_reward`, mean |r|; and over the segments of all rollouts with a reward `value_mean`,
+    rollout; `segment_reward`, mean |r|; and over the segments of all rollouts with an outcome `value_mean`,
     `value_outcome` (how many lie in rollouts that succeed) and `value_brier`, mean square of v minus that 0 or 1.
     """
     config, size = parts.config.rredcot, batch.rollouts.group_size
@@ -122,11 +124,11 @@ def token_advantages(
         for some, cut, valued_at in part:
             starts.update(zip(some, cut, strict=True))
             values.update(zip(some, valued_at, strict=True))
-    gains = {b: reward - v[0].item() for b, v in values.items() if (reward := rewards[b]) is not None}
+    gains = {b: reward - v[0].item() for b, v in values.items() if (reward := outcomes[b]) is not None}
     columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # per segment; NaN where there is no reward
     lengths: list[int] = []
     for b, v in values.items():
-        reward, unknown = rewards[b], torch.full_like(v, float("nan"))
+        reward, unknown = outcomes[b], torch.full_like(v, float("nan"))
         lengths += [end - start for start, end in pairwise([*starts[b], len(batch.rollouts.responses[b])])]
         if reward is None:
             columns.append((torch.zeros_like(v), v, unknown, unknown))

@@ -5,7 +5,8 @@ its group. `columns` holds one value per rollout: `problem`, `truncated`; and th
 
 One that needs something loaded has `load(config)`, which gives the function; `load_control(config)` gives a second one,
 which is logged beside it. A name with a colon is a function of somebody's own (`_function`). `SUPERVISION` says what of
-the task a reward takes. Whatever it is, success is judged by the task's own score, which `verifier` gives.
+the task a reward takes. Whatever it is, success is judged by the task's own score, which `verifier` gives; only
+advantages that count successes ask the reward itself.
 """
 
 from __future__ import annotations

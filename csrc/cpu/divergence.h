@@ -303,10 +303,6 @@ struct Pair {
         return writable(row_start<T>(d.gradient, d.inner, row));
     }
 
-    static double gap_of(RowSum student, RowSum teacher) {
-        return (teacher.c - student.c) + (log2(teacher.s) - log2(student.s));
-    }
-
     template <int kForm, int kNeeds>
     void run_form(RowSum student, RowSum teacher) {
         const double gap = gap_of(student, teacher);

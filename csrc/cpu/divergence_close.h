@@ -34,10 +34,7 @@ struct CloseKl {
     double drift = 0.0;                 // of the guess, in nats
     bool guessed_well = false;
 
-    Levels levels() const {
-        const double gap = (one.c - other.c) + (log2(one.s) - log2(other.s));
-        return Levels(transform, other, one, gap, d);
-    }
+    Levels levels() const { return Levels(transform, other, one, gap_of(other, one), d); }
     static Vec ratio(Vec x, Vec y, const Levels& l) {
         const Vec gap = sub(x, y);
         if (kExact) return add(fused(l.k, gap, l.delta), l.delta_rest);
@@ -58,7 +55,7 @@ struct CloseKl {
         const Levels l = levels();
         const Vec zero = set(0.0f), one_ = set(1.0f), minus_ln2 = set(static_cast<float>(-kLn2));
         double sum = 0.0, total = 0.0, shift = 0.0;
-        const bool clips = d.clip < INFINITY;
+        const bool limited = d.clip < INFINITY;
         Vec top = set(-INFINITY), far = top, probe = zero, reach = zero;
         for (int64_t start = 0; start < d.vocabulary; start += kBlock) {
             const int64_t end = start + kBlock < d.vocabulary ? start + kBlock : d.vocabulary;
@@ -77,7 +74,7 @@ struct CloseKl {
                         sums[i] = fma(p, share, sums[i]);
                         totals[i] = add(totals[i], p);
                         shifts[i] = fma(p, fma(minus_ln2, r, share), shifts[i]);
-                        if (clips) reach = max(reach, mul(p, r));
+                        if (limited) reach = max(reach, mul(p, r));
                         continue;
                     }
                     const Column c = column(at_x[i], at_y[i], l);
@@ -88,7 +85,7 @@ struct CloseKl {
                     far = max(c.r, far);
                     top = max(s, top);
                     probe = add(probe, add(s, max(set(kLowest), t)));
-                    if (clips) reach = max(reach, mul(c.hi, where_less(c.r, zero, zero, c.r)));
+                    if (limited) reach = max(reach, mul(c.hi, where_less(c.r, zero, zero, c.r)));
                 }
             }
             sum += lane_sum(sums[0], sums[1]);

@@ -58,6 +58,11 @@ inline Vec phi_of(Vec z) {
     return mul(mul(z, z), p);
 }
 
+// log2 of the teacher's normaliser over the student's.
+inline double gap_of(RowSum student, RowSum teacher) {
+    return (teacher.c - student.c) + (log2(teacher.s) - log2(student.s));
+}
+
 // A row pair's constants, as the sweeps need them.
 struct Levels {
     Vec k, inner;

@@ -253,14 +253,14 @@ __global__ void __launch_bounds__(kPairThreads, 1)
     if (thread == 0) {
         const double student = log_of(sum.student.total), teacher = log_of(sum.teacher.total);
         state.sum = sum;
+        state.student_log = state.student_log_z = student, state.teacher_log = state.teacher_log_z = teacher;
         if (thresholds) {
             state.log_q += above(state.tail.student, sum.student, state.rows.unit);
             state.log_p += above(state.tail.teacher, sum.teacher, state.rows.unit);
+            state.student_log_z = log_sum(student, state.log_q);
+            state.teacher_log_z = log_sum(teacher, state.log_p);
+            state.log_p -= state.teacher_log_z, state.log_q -= state.student_log_z;
         }
-        state.student_log = student, state.teacher_log = teacher;
-        state.student_log_z = thresholds ? log_sum(student, state.log_q) : student;
-        state.teacher_log_z = thresholds ? log_sum(teacher, state.log_p) : teacher;
-        state.log_p -= state.teacher_log_z, state.log_q -= state.student_log_z;
         put_level<kCapped>(state, sum, student, state.student_log_z, teacher, state.teacher_log_z);
     }
     device::block_barrier();
