@@ -191,6 +191,83 @@ def test_the_credit_is_that_of_the_kernels(tmp_path: Path, credit: str, template
         assert [metrics[f"cepo/negative_{x}"][0] for x in ("missing", "last_line", "same_as_positive")] == [0.5, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("mode", "plain", "min_entropy"), [("return_to_go", False, 0.0), ("difference", True, 3.7), ("scale", False, 0.0)]
+)
+def test_rredcot_gives_each_segment_what_its_values_say(
+    tmp_path: Path, mode: str, plain: bool, min_entropy: float
+) -> None:
+    texts = ["3+4", "10-3"]
+    data = [{"prompt": t if plain else prompt(t), "solution": 7} for t in texts]
+    said = ["1;2;a#7", "b;;#8", "3a2;9#9", CUT, *["1;2;#7"] * 3, "5"]  # all that is scored of the second group is right
+    trainer = make(
+        tmp_path, data=data, more={"rollout_func": say(*said)}, temperature=0.8,
+        model=tiny_policy(initializer_range=0.2).model, per_device_train_batch_size=GROUP,
+        gradient_accumulation_steps=2, credit="rredcot", rredcot_mode=mode, rredcot_separators=[";"],
+        rredcot_keywords=["a"], rredcot_min_entropy=min_entropy, rredcot_cue="#{answer}",
+        reward=lambda completions, **_: [
+            None if r == "5" else float("#7" in r) for r in ((c if plain else c[0]["content"]) for c in completions)
+        ],
+    )  # fmt: skip
+    model, tokenizer = copy.deepcopy(trainer.model).eval(), trainer.processing_class
+
+    @torch.no_grad()
+    def rows(context: list[int], after: list[int]) -> torch.Tensor:
+        logits = model(torch.tensor([context + after])).logits[0, len(context) - 1 : -1]
+        return (logits.double() / 0.8).log_softmax(-1)
+
+    before = torch.get_rng_state()
+    output = step(trainer, data)
+    assert trainer.model.training
+    assert torch.equal(torch.get_rng_state(), before)
+    mask = output["completion_mask"].bool()
+    assert output["advantages"].shape == mask.shape
+    scored = tokenizer("7")["input_ids"] + [tokenizer.eos_token_id]
+    cue = tokenizer("#", add_special_tokens=False)["input_ids"]
+    spread = [1.0, 0, 0, 0]
+    deviation = torch.tensor(spread).std().item() + 1e-4
+    all_values, sizes, kept, squares = [], [], 0, []
+    for b, text in enumerate(said):
+        context = output["prompt_ids"][b][output["prompt_mask"][b].bool()].tolist()
+        response = output["completion_ids"][b][mask[b]].tolist()
+        given = output["advantages"][b][mask[b]].tolist()
+        if text == "5":
+            assert given == [0.0] * len(response)
+            continue
+        log_p = rows(context, response)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        candidates = [t for t in range(1, len(response)) if tokenizer.decode(response[:t]).endswith((";", ";a"))]
+        starts = [0, *(t for t in candidates if entropy[t] >= min_entropy)]
+        kept += len(starts) - 1 - len(candidates)
+        v = [
+            rows(context + response[:t] + cue, scored).gather(1, torch.tensor(scored)[:, None]).sum().exp().item()
+            for t in starts
+        ]
+        reward = float("#7" in text)
+        moved = [after - now for now, after in zip(v, [*v[1:], reward], strict=True)]
+        advantage = (reward - 0.25) / deviation if b < GROUP else 0.0
+        wanted = [
+            reward - v[k] if mode == "return_to_go"
+            else moved[k] if mode == "difference"
+            else advantage * abs(moved[k]) * len(v) / sum(map(abs, moved))
+            for k, (start, end) in enumerate(zip(starts, [*starts[1:], len(response)], strict=True))
+            for _ in range(start, end)
+        ]  # fmt: skip
+        assert given == pytest.approx(wanted, rel=0, abs=1e-3 if mode == "scale" else 3e-7)
+        if mode != "scale" or advantage:
+            all_values += v
+            sizes.append(len(v))
+            squares += [(x - reward) ** 2 for x in v]
+    assert (kept < 0) == (min_entropy > 0)
+    assert max(all_values) > 2e-5 > 1e-5 > min(all_values)
+    assert max(sizes) > 1
+    metrics = trainer._metrics["train"]
+    assert metrics["cepo/segments"] == [pytest.approx(sum(sizes) / len(sizes))]
+    assert metrics["cepo/value_mean"] == [pytest.approx(sum(all_values) / len(all_values), rel=1e-4)]
+    assert metrics["cepo/value_brier"] == [pytest.approx(sum(squares) / len(squares), rel=1e-4)]
+    assert "cepo/lam" not in metrics
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_trains(tmp_path: Path, loss: str) -> None:
     trainer = make(tmp_path, loss_type=loss, max_steps=1)
@@ -291,7 +368,23 @@ def test_a_hint_goes_into_the_last_user_turn() -> None:
         ({"lam": 2.0}, r"^lam: expected a number in \[0, 1\], got 2"),
         ({"eps_w": 1.0}, r"^eps_w: expected a number in \[0, 1\), got 1"),
         ({"lam_steps": -1}, "^lam_steps: expected at least 0, got -1"),
-        ({"credit": "rredcot"}, "^credit: expected one of cepo, rlsd, uniform, got 'rredcot'"),
+        ({"credit": "x"}, "^credit: expected one of cepo, rlsd, uniform, rredcot, got 'x'"),
+        ({"credit": "rredcot", "lam": 0.0}, "^lam: expected the default, as credit rredcot has no teachers.*got 0.0"),
+        ({"credit": "rredcot", "eps_w": 0.2}, "^eps_w: expected the default, .*got 0.2"),
+        ({"credit": "rredcot", "hint": "{prompt} {answer}"}, "^hint: expected the default, "),
+        ({"credit": "rredcot", "rredcot_mode": "x"}, "^rredcot_mode: expected one of return_to_go, difference, scale"),
+        ({"credit": "rredcot", "rredcot_cue": "so"}, r"^rredcot_cue: expected a text with one \{answer\}, got 'so'"),
+        ({"credit": "rredcot", "rredcot_keywords": "so"}, "^rredcot_keywords: expected a list of texts, got 'so'"),
+        (
+            {"credit": "rredcot", "scale_rewards": "batch"},
+            "^scale_rewards: expected group or none, as rredcot_mode ret",
+        ),
+        (
+            {"credit": "rredcot", "reward_weights": [2.0]},
+            r"^reward_weights: expected each at .* success .*, got \[2.0\]",
+        ),
+        ({"credit": "rredcot", "reward": [lucky, correct]}, r"^reward_weights: .*got \[1.0, 1.0\]"),
+        ({"credit": "rredcot", "answer_column": "gold"}, "answer_column: expected the right answer in column gold"),
         ({"template": "x"}, "^template: expected one of hint, splice, got 'x'"),
         ({"hint": "no answer"}, r"^hint: expected a text with \{answer\}, got 'no answer'"),
         ({"answer_column": "gold"}, r"answer_column: expected the right answer in column gold, got \['answer', 'pro"),
@@ -302,7 +395,16 @@ def test_what_does_not_fit_is_named(tmp_path: Path, options: dict[str, Any], mes
         make(tmp_path, **options)
 
 
+def test_a_reward_model_is_no_chance_of_success() -> None:
+    integration.check_rewards("scale", [torch.nn.Identity()], [2.0])
+    with pytest.raises(InputError, match=r"^reward_funcs: expected functions, as .*difference.*got a Identity"):
+        integration.check_rewards("difference", [torch.nn.Identity()], [1.0])
+
+
 def test_answers_that_are_missing_are_named(tmp_path: Path) -> None:
+    blank = make(tmp_path, data=[{"prompt": prompt("1+2"), "answer": " "}] * 8, credit="rredcot")
+    with pytest.raises(InputError, match=r"credit: rredcot needs the answer of every problem, '1\+2' has none"):
+        step(blank, [{"prompt": prompt("1+2"), "answer": " "}] * 2)
     trainer = make(tmp_path, data=[{"prompt": prompt("1+2"), "answer": None}] * 8)
     with pytest.raises(InputError, match="in column answer or solution, got"):
         trainer.train()
@@ -329,14 +431,19 @@ def test_other_versions_are_refused_with_those_that_work(monkeypatch: pytest.Mon
         load_afresh(integration)
 
 
-def test_lora_trains(tmp_path: Path) -> None:
+@pytest.mark.parametrize("credit", ["cepo", "rredcot"])
+def test_lora_trains(tmp_path: Path, credit: str) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    trainer = make(tmp_path, more={"peft_config": config})
+    trainer = make(tmp_path, credit=credit, more={"peft_config": config})
     frozen = trainer.model.get_base_model().model.embed_tokens.weight.clone()
     adapters = [p.clone() for p in trainer.model.parameters() if p.requires_grad]
     trainer.train()
-    assert logged(trainer, "cepo/weight")[0] != 1
+    if credit == "cepo":
+        assert logged(trainer, "cepo/weight")[0] != 1
+    else:  # values are of the adapted model, which has moved
+        first, second = logged(trainer, "cepo/value_mean")
+        assert 0 < first != second > 0
     assert torch.equal(frozen, trainer.model.get_base_model().model.embed_tokens.weight)
     now = [p for p in trainer.model.parameters() if p.requires_grad]
     assert any(not torch.equal(a, b) for a, b in zip(adapters, now, strict=True))
@@ -389,23 +496,25 @@ def run_processes(folder: Path) -> None:
     torch.set_num_threads(1)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     policy = tiny_policy()
-    config = CEPOConfig(
-        str(folder), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no", max_steps=1,
-        per_device_train_batch_size=1, gradient_accumulation_steps=6 // processes, num_generations=2, optim="sgd",
-        shuffle_dataset=False, max_grad_norm=0.0, learning_rate=1.0, logging_steps=1, max_completion_length=8,
-        gradient_checkpointing=False,
-    )  # fmt: skip
-    trainer = Watched(
-        policy.model, correct, config, Dataset.from_list(DATA[:3]), processing_class=policy.tokenizer,
-        parse_answer=parse, rollout_func=say(WRONG, RIGHT, OTHER, RIGHT, RIGHT, RIGHT),
-    )  # fmt: skip
-    trainer.train()
-    state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
-    metrics = {name: value for name, value in trainer.state.log_history[0].items() if name.startswith("cepo/")}
-    torch.save(
-        {"advantages": torch.cat(trainer.kept), "passes": trainer.passes, "state": state, "metrics": metrics},
-        folder / f"{processes}-{trainer.accelerator.process_index}.pt",
-    )
+    for credit in ("cepo", "rredcot"):
+        config = CEPOConfig(
+            str(folder), credit=credit, rredcot_separators=["#"], report_to="none", use_cpu=True, bf16=False,
+            disable_tqdm=True, save_strategy="no", max_steps=1,
+            per_device_train_batch_size=1, gradient_accumulation_steps=6 // processes, num_generations=2, optim="sgd",
+            shuffle_dataset=False, max_grad_norm=0.0, learning_rate=1.0, logging_steps=1, max_completion_length=8,
+            gradient_checkpointing=False,
+        )  # fmt: skip
+        trainer = Watched(
+            tiny_policy().model, correct, config, Dataset.from_list(DATA[:3]), processing_class=policy.tokenizer,
+            parse_answer=parse, rollout_func=say(WRONG, RIGHT, OTHER, RIGHT, RIGHT, RIGHT),
+        )  # fmt: skip
+        trainer.train()
+        state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+        metrics = {name: value for name, value in trainer.state.log_history[0].items() if name.startswith("cepo/")}
+        torch.save(
+            {"advantages": torch.cat(trainer.kept), "passes": trainer.passes, "state": state, "metrics": metrics},
+            folder / f"{credit}-{processes}-{trainer.accelerator.process_index}.pt",
+        )
 
 
 def test_groups_may_straddle_processes(tmp_path: Path) -> None:
@@ -413,17 +522,19 @@ def test_groups_may_straddle_processes(tmp_path: Path) -> None:
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     run_processes(tmp_path)
-    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
-    assert torch.allclose(torch.cat([first["advantages"], second["advantages"]]), one["advantages"], atol=1e-5)
-    assert one["advantages"].unique(dim=1).shape[1] > 1
-    # Three rollouts of the first process need teachers, one of the second: it takes part in all passes.
-    assert first["passes"] == second["passes"] == [1] * 6
-    for name, value in one["metrics"].items():
-        if name != "cepo/teacher_seconds":
-            assert first["metrics"][name] == second["metrics"][name] == pytest.approx(value, abs=1e-5)
-    for name, value in one["state"].items():
-        assert torch.equal(first["state"][name], second["state"][name])
-        assert torch.allclose(first["state"][name], value, atol=1e-5)
+    for credit in ("cepo", "rredcot"):
+        one, first, second = (torch.load(tmp_path / f"{credit}-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+        assert torch.allclose(torch.cat([first["advantages"], second["advantages"]]), one["advantages"], atol=1e-5)
+        assert one["advantages"].unique(dim=1).shape[1] > 1
+        if credit == "cepo":
+            # Three rollouts of the first process need teachers, one of the second: it takes part in all passes.
+            assert first["passes"] == second["passes"] == [1] * 6
+        for name, value in one["metrics"].items():
+            if not name.endswith("_seconds"):
+                assert first["metrics"][name] == second["metrics"][name] == pytest.approx(value, abs=1e-5)
+        for name, value in one["state"].items():
+            assert torch.equal(first["state"][name], second["state"][name])
+            assert torch.allclose(first["state"][name], value, atol=1e-5)
 
 
 if __name__ == "__main__":

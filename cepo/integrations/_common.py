@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from cepo.config import CreditConfig, TeacherConfig
@@ -10,10 +11,10 @@ from cepo.errors import InputError
 CREDITS = ("cepo", "rlsd", "uniform")
 
 
-def check_options(options: Any) -> None:
+def check_options(options: Any, credits: Sequence[str] = CREDITS) -> None:
     """Raise InputError for the first bad one of `options`, and fill in what is None as published."""
-    if options.credit not in CREDITS:
-        raise InputError(f"credit: expected one of {', '.join(CREDITS)}, got {options.credit!r}")
+    if options.credit not in credits:
+        raise InputError(f"credit: expected one of {', '.join(credits)}, got {options.credit!r}")
     checked = CreditConfig(options.credit, lam=options.lam, lam_steps=options.lam_steps, eps_w=options.eps_w)
     try:
         checked.check()

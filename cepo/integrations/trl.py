@@ -3,8 +3,9 @@
 Two methods are overridden. `_calculate_rewards` remembers what was scored. `_generate_and_score_completions` then turns
 the advantages (B,) into A ((1 - lam) + lam w), (B, T), which every `loss_type` takes; w comes from the log-probs of the
 completions after prompts that state a right and a wrong answer (`cepo.teacher`), computed by TRL's own method, so at
-its temperature, in its precision and chunks, with its images. Evidence belongs to the policy that generated, once per
-generation batch. In evaluation there is no credit.
+its temperature, in its precision and chunks, with its images. `rredcot` has advantages of its own, from what the model,
+made to answer, says before each segment. Both belong to the policy that generated, once per generation batch. In
+evaluation there is no credit.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from cepo import axes
 from cepo.config import HINT, SPLICE
 from cepo.credit import lam_at
 from cepo.errors import InputError
-from cepo.integrations._common import check_options
-from cepo.policy import context_length
+from cepo.integrations._common import CREDITS, check_options
+from cepo.integrations._rredcot import check_rewards, read_options, segment_credit, valuing_policy
+from cepo.policy import Policy, context_length
 from cepo.prompts import hinted
 from cepo.tasks._answers import final_answer, same_answer
 from cepo.teacher import WrongAnswer, wrong_answer
@@ -58,7 +60,7 @@ def _field(default: Any, text: str) -> Any:
 class CEPOConfig(GRPOConfig):  # type: ignore[misc]
     """TRL's `GRPOConfig`, and which credit is given how. Raises InputError, a ValueError, for the first bad value."""
 
-    credit: str = _field("cepo", "Which tokens earned the reward: cepo, rlsd, or uniform, which is GRPO.")
+    credit: str = _field("cepo", "Which tokens earned the reward: cepo, rlsd, rredcot, or uniform, which is GRPO.")
     lam: float = _field(0.5, "How much of the advantage the credit decides in the first step, in [0, 1].")
     lam_steps: int | None = _field(
         None, "Optimiser steps over which that falls to 0; 0: never; None: as published (cepo 25, rlsd 50)."
@@ -76,10 +78,28 @@ class CEPOConfig(GRPOConfig):  # type: ignore[misc]
     skip_teachers: bool = _field(
         True, "Leave out the teacher passes that cannot matter (A = 0, lam = 0); False only to check that."
     )
+    rredcot_mode: str = _field(
+        "return_to_go", "Under rredcot: return_to_go, difference, or scale, which alone multiplies TRL's advantage."
+    )
+    rredcot_separators: list[str] | None = field(
+        default=None, metadata={"help": "A segment ends after one of these; None: a newline."}
+    )
+    rredcot_keywords: list[str] | None = field(
+        default=None, metadata={"help": "Or after one of these words; None: wait, but, so, ... (`RredcotConfig`)."}
+    )
+    rredcot_min_entropy: float = _field(
+        0.0, "The policy's entropy at the next token, in nats, below which a segment does not end."
+    )
+    rredcot_cue: str | None = _field(
+        None, "The text that asks for the answer, {answer} filled in; None: a new line, <answer>{answer}</answer>."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_options(self)
+        if self.credit == "rredcot":
+            read_options(self)
+        else:
+            check_options(self, (*CREDITS, "rredcot"))
 
 
 class Scored(NamedTuple):
@@ -103,7 +123,7 @@ class Contexts(NamedTuple):
 
 
 class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
-    """TRL's `GRPOTrainer` with token credit (CEPO, arXiv 2605.19436; RLSD, arXiv 2604.03128).
+    """TRL's `GRPOTrainer` with token credit (CEPO, arXiv 2605.19436; RLSD, 2604.03128; RREDCoT, 2606.06475).
 
     Args:
         model, reward_funcs, args, ...: as for `GRPOTrainer`, but `args` is a `CEPOConfig`.
@@ -112,7 +132,8 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
         accepts: `f(answer, right_answer) -> bool`, whether the two are the same; default: as numbers, else as text.
 
     Raises:
-        InputError: no right answer in the data, or one too long for the model's context.
+        InputError: no right answer in the data, or one too long for the model's context; or what `rredcot` does not go
+            with.
     """
 
     _tag_names = ("trl", "grpo", "cepo")
@@ -134,7 +155,8 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._teachers: tuple[str, ...] = axes.module("credit", args.credit).TEACHERS
         self._context = context_length(self.model)
         self._scored: Scored | None = None
-        if self._teachers and (columns := getattr(self.train_dataset, "column_names", None)):
+        self._valuing: Policy | None = self._make_valuing() if args.credit == "rredcot" else None
+        if (self._teachers or self._valuing) and (columns := getattr(self.train_dataset, "column_names", None)):
             self._right_answer(dict.fromkeys(columns, ""))
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
@@ -149,10 +171,15 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
         training = self.model.training
         output = super()._generate_and_score_completions(inputs)
         scored, self._scored = self._scored, None
-        if not training or not self._teachers:
+        if not training or not (self._teachers or self._valuing):
             return output
         assert scored is not None
         start = time.perf_counter()
+        if self._valuing:
+            with _evaluating(self.model):
+                self._add_segment_credit(self._valuing, output, scored)
+            self._log("value_seconds", time.perf_counter() - start)
+            return output
         lam = lam_at(self.state.global_step + 1, self.args.lam, self.args.lam_steps)
         if lam > 0 or not self.args.skip_teachers:
             self._add_credit(output, scored, lam)
@@ -216,6 +243,57 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 "negative_same_as_positive": (told_wrong & torch.tensor(same, device=mask.device), live),
             }
         self._log_means(means)
+
+    def _make_valuing(self) -> Policy:
+        check_rewards(self.args.rredcot_mode, self.reward_funcs, self.reward_weights.tolist())
+        if self._is_vlm:
+            raise InputError(f"credit: expected a model of text alone for rredcot, got {type(self.model).__name__}")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError("credit: expected no FSDP and no DeepSpeed, as rredcot needs the model in one piece")
+        with _evaluating(self.model):
+            return valuing_policy(self.model, self._tokenizer, self.args)
+
+    def _add_segment_credit(self, policy: Policy, output: dict[str, Any], scored: Scored) -> None:
+        """Put the (B, T) advantages of `rredcot` into `output`; 0 where there is no reward."""
+        config, size = read_options(self.args), self.args.per_device_train_batch_size
+        mask, given = output["completion_mask"].bool(), output["advantages"]
+        rewards = scored.rewards[scored.first : scored.first + len(given)]
+        live = mask.any(dim=1) & ~rewards.isnan()
+        if config.mode == "scale" and self.args.skip_teachers:
+            live &= given != 0
+        prompts = self._policy_contexts(output).ids
+        advantages = torch.zeros(mask.shape, device=mask.device)
+        found, counts = [torch.zeros(3, 0, dtype=torch.float64)], []
+        for rows in live.nonzero().flatten().split(size):
+            some = rows.tolist()
+            tokens, segments = segment_credit(
+                policy,
+                config,
+                [prompts[b] for b in some],
+                [output["completion_ids"][b][mask[b]].tolist() for b in some],
+                [self._right_answer(scored.examples[b]) for b in some],
+                rewards[rows].tolist(),
+                given[rows].tolist(),
+                [_text(scored.prompts[b]) for b in some],
+                self.args.temperature,
+            )
+            kept = torch.zeros_like(mask)
+            kept[rows] = mask[rows]
+            advantages[kept] = torch.cat(tokens).to(mask.device)
+            counts += [part.shape[1] for part in segments]
+            success = (rewards[rows] >= self.args.success_threshold).cpu()
+            success = success.repeat_interleave(torch.tensor(counts[-len(some) :]))
+            found.append(torch.cat([torch.cat(segments, dim=1), success[None]]))
+        output["advantages"] = advantages
+        v, moved, success = torch.cat(found, dim=1).to(mask.device)
+        means = {
+            "segments": torch.tensor(counts, device=mask.device),
+            "segment_reward": moved,
+            "value_mean": v,
+            "value_outcome": success,
+            "value_brier": (v - success).square(),
+        }
+        self._log_means({name: (x, torch.ones_like(x, dtype=torch.bool)) for name, x in means.items()})
 
     def _right_answer(self, example: dict[str, Any]) -> str:
         wanted = ANSWER_COLUMNS if self.args.answer_column is None else (self.args.answer_column,)

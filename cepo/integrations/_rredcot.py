@@ -1,0 +1,107 @@
+"""RREDCoT in TRL: its options, its model, and token advantages from what the model answers before each segment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cepo.config import CreditConfig, RredcotConfig, TeacherConfig
+from cepo.credit.rredcot import redistribute, segment_advantages
+from cepo.errors import InputError
+from cepo.policy import Policy, make_policy
+from cepo.value import CUE, asked, cut, values_at
+
+OPTIONS = ("mode", "separators", "keywords", "min_entropy", "cue")
+
+
+def read_options(args: Any) -> RredcotConfig:
+    """What `args`, a `CEPOConfig`, says of it. Raises InputError for what is bad, or would have no effect."""
+    for section, names in ((CreditConfig(), ("lam", "lam_steps", "eps_w")),
+                           (TeacherConfig(), ("template", "hint", "splice"))):  # fmt: skip
+        for name in names:
+            if getattr(args, name) != getattr(section, name):
+                raise InputError(
+                    f"{name}: expected the default, as credit rredcot has no teachers and no weight to mix or clip, "
+                    f"got {getattr(args, name)!r}"
+                )
+    given = {name: getattr(args, f"rredcot_{name}") for name in OPTIONS}
+    for name in ("separators", "keywords"):
+        if isinstance(given[name], str):
+            raise InputError(f"rredcot_{name}: expected a list of texts, got {given[name]!r}")
+    config = RredcotConfig(**{name: value for name, value in given.items() if value is not None})
+    try:
+        config.check()
+    except InputError as error:  # theirs are fields of a section
+        raise InputError(str(error).replace("rredcot.", "rredcot_")) from error
+    if config.mode != "scale":
+        for name, fine in (("scale_rewards", ("group", "none")),
+                           ("multi_objective_aggregation", ("sum_then_normalize",))):  # fmt: skip
+            if getattr(args, name) not in fine:
+                raise InputError(
+                    f"{name}: expected {' or '.join(fine)}, as rredcot_mode {config.mode} has advantages of its own, "
+                    f"got {getattr(args, name)!r}; rredcot_mode scale multiplies TRL's"
+                )
+    return config
+
+
+def check_rewards(mode: str, functions: Sequence[Any], weights: Sequence[float]) -> None:
+    """Raise InputError for rewards that are certainly no chance of success, where `mode` subtracts one."""
+    if mode == "scale":
+        return
+    why = f"as rredcot_mode {mode} subtracts chances of success from the reward"
+    if min(weights) < 0 or sum(weights) > 1 + 1e-6:
+        raise InputError(f"reward_weights: expected each at least 0, their sum at most 1, {why}, got {list(weights)}")
+    if models := [type(f).__name__ for f in functions if isinstance(f, torch.nn.Module)]:
+        raise InputError(f"reward_funcs: expected functions, {why}, got a {models[0]}")
+
+
+def valuing_policy(model: Any, tokenizer: Any, args: Any) -> Policy:
+    """`model` as `cepo.value` reads it. Raises InputError for adapters that it would not see."""
+    if hasattr(model, "peft_config"):
+        lora, model = model, model.get_base_model()
+        head = type(model.get_output_embeddings())
+        if lora.active_peft_config.is_prompt_learning or head.__module__.startswith("peft."):
+            raise InputError("peft_config: expected LoRA, and none at the head, as credit rredcot reads its weight")
+    return make_policy(model, tokenizer, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32)
+
+
+@torch.no_grad()
+def segment_credit(
+    policy: Policy,
+    config: RredcotConfig,
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    answers: Sequence[str],
+    rewards: Sequence[float],
+    advantages: Sequence[float],
+    texts: Sequence[str],
+    temperature: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Token advantages of each response, (T,); and of its segments v and |r|, (2, S).
+
+    Args:
+        prompts, responses: token ids.
+        advantages: of the rollouts, which matter to mode `scale` alone.
+        texts: the prompts', for errors.
+
+    Raises:
+        InputError: no answer, or no room for it in the model's context.
+    """
+    if empty := [text for text, answer in zip(texts, answers, strict=True) if not answer.strip()]:
+        raise InputError(f"credit: rredcot needs the answer of every problem, {empty[0][:40]!r} has none")
+    options: dict[str, Any] = {"temperature": temperature, **policy.logit_options}
+    starts = cut(policy, config, prompts, responses, **options)
+    asking = [
+        asked(policy, config.cue or CUE, answer, len(prompt) + ts[-1], text)
+        for answer, prompt, ts, text in zip(answers, prompts, starts, texts, strict=True)
+    ]
+    values = values_at(policy, prompts, responses, starts, asking, **options)
+    tokens, found = [], []
+    for ts, ids, v, reward, advantage in zip(starts, responses, values, rewards, advantages, strict=True):
+        lengths = torch.tensor([*ts, len(ids)]).diff()
+        tokens.append(segment_advantages(config.mode, v, reward, advantage).float().repeat_interleave(lengths))
+        found.append(torch.stack([v, redistribute(v, reward).abs()]))
+    return tokens, found
