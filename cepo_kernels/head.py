@@ -93,11 +93,18 @@ def restore_head(model: Any) -> None:
         head.__class__ = nn.Linear  # type: ignore[assignment]
 
 
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+_SCALES = ("logit_scale", "lm_head_multiplier")  # Cohere, FalconH1
+
+
 def logit_options(config: Any) -> dict[str, float]:
     """The ops' ``logit_softcap`` and ``logit_scale`` that a transformers config asks for, where they do anything."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    cap = getattr(config, "final_logit_softcapping", None)
-    scale, divisor = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+    cap = next((cap for name in _CAPS if (cap := getattr(config, name, None))), None)
+    scale = next((scale for name in _SCALES if (scale := getattr(config, name, None))), 1.0)
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    if str(getattr(config, "model_type", "")).startswith("hyperclovax"):  # which multiplies by it
+        divisor = 1.0 / divisor
     options = {"logit_softcap": float(cap)} if cap else {}
     return options if scale == divisor else {**options, "logit_scale": scale / divisor}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import ops
 from .divergence_ops import HOW, Call, is_uniform, times_rows
 from .divergence_ops import result_dtype as wider
-from .linear_ops import _chosen, _empty_gradients, _pieces
+from .linear_ops import _chosen, _empty_gradients, _pieces, _refuse_create_graph, of_live_rows
 from .linear_products import Gradients, Head, Products, result_dtype
 from .loss_ops import is_last, times
 from .rows import DivergenceOutputs
@@ -76,16 +76,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients made in the forward, times what came from above; the head's again if that differs among rows."""
-    gradients, needs = ctx.saved_tensors[:3], ctx.others[-3]
+    _refuse_create_graph(upstream)
+    saved, needs = ctx.saved_tensors, ctx.others[-3]  # read once: a checkpoint makes them again for each reading
+    gradients = saved[:3]
     found: list[Tensor | None] = [None, None, None]
     if upstream is not None and is_uniform(upstream):
         factor = upstream.sum() if upstream.numel() <= 1 else upstream[(0,) * upstream.ndim]
         last = is_last(factor)
         found = [times(gradient, factor, last).to(gradient.dtype) for gradient in gradients]
     elif upstream is not None and not (needs[1] or needs[2]):
-        found[0] = times_rows(gradients[0], upstream)
+        found[0] = times_rows(gradients[0], of_live_rows(upstream, gradients[0]))
     elif upstream is not None:
-        tensors = iter(ctx.saved_tensors[3:])
+        tensors = iter(saved[3:])
         inputs = [next(tensors) if is_tensor else x for x, is_tensor in zip(ctx.others, ctx.tensors, strict=True)]
         weight = inputs[6]
         inputs[6] = upstream if weight is None else torch.where(weight == 0, 0.0, weight * upstream)

@@ -371,6 +371,11 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.shape = policy.shape
 
 
+def of_live_rows(upstream: Tensor, gradient: Tensor) -> Tensor:
+    """What came from above (N,), without what is no number for a row that nobody asked for, whose gradient is 0."""
+    return upstream.masked_fill((gradient == 0).all(-1), 0.0)
+
+
 def _backward_forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     _refuse_create_graph(*grads)
     outputs = ForwardOutputs(*grads[:8])  # type: ignore[arg-type]
@@ -382,7 +387,7 @@ def _backward_forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, .
         for slopes, values in zip(ctx.saved_tensors, upstream, strict=True):
             if values is not None and slopes.numel():
                 # A product with 0 would keep the NaN of a row that nobody asked for.
-                column = values.reshape(-1, 1)
+                column = of_live_rows(values.reshape(-1), slopes)[:, None]
                 term = torch.where(column == 0, 0.0, slopes * column)
                 grad_hidden = term if grad_hidden is None else grad_hidden + term
             elif values is not None and not values.numel():

@@ -140,8 +140,12 @@ def test_what_is_no_plain_linear_layer_is_refused_with_the_reason():
         ({"logit_scale": 0.25}, 0.25),
         ({"logits_scaling": 8.0}, 0.125),
         ({"logits_scaling": 1}, None),
+        ({"logits_scaling": 8.0, "model_type": "hyperclovax"}, 8.0),
+        ({"lm_head_multiplier": 0.04}, 0.04),
     ):
         assert logit_options(SimpleNamespace(**config)).get("logit_scale") == scale
+    for name in ("logits_soft_cap", "output_logit_soft_cap"):
+        assert logit_options(SimpleNamespace(**{name: 30.0})) == {"logit_softcap": 30.0}
     with pytest.raises(TypeError, match="expected a model with output embeddings, got Linear"):
         use_logprob_head(nn.Linear(2, 2))
 

@@ -10,6 +10,7 @@ import torch
 from test_linear import BOUND, DTYPES, VOCABULARY, WIDTH, products
 from torch.nn.functional import linear
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 import cepo_kernels
 from cepo_kernels import divergence, linear_divergence, linear_products
@@ -175,6 +176,38 @@ def test_without_a_scored_row_everything_is_zero_and_attached(rows):
     assert values.shape == (rows,)
     assert not values.any()
     assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_second_derivatives_are_refused_and_checkpoints_are_not(frozen):
+    student, teacher, weight, _ = inputs()
+    leaves = [student.requires_grad_(), weight.requires_grad_(not frozen)]
+    values = linear_divergence(student, teacher, weight).sum()
+    with pytest.raises(RuntimeError, match="first-order gradients only"):
+        torch.autograd.grad(values, student, create_graph=True)
+    found = []
+    for run in (linear_divergence, lambda *given: checkpoint(linear_divergence, *given, use_reentrant=False)):
+        run(student, teacher, weight).mean().backward()
+        found.append([leaf.grad for leaf in leaves])
+        for leaf in leaves:
+            leaf.grad = None
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_comes_from_above_for_a_row_that_nobody_scores_is_nothing(frozen):
+    student, teacher, weight, _ = inputs()
+    labels, upstream = torch.zeros(ROWS, dtype=torch.int64), torch.ones(ROWS)
+    labels[3], upstream[3] = -100, math.nan
+    for run in (
+        lambda student, weight: cepo_kernels.linear_token_logprobs(student, weight, labels).logprobs,
+        lambda student, weight: linear_divergence(student, teacher, weight, mask=labels == 0),
+    ):
+        leaf = student.clone().requires_grad_()
+        run(leaf, weight.clone().requires_grad_(not frozen)).backward(upstream)
+        assert not leaf.grad[3].any()
+        assert leaf.grad.isfinite().all()
+        assert leaf.grad[2].any()
 
 
 def test_autocast_casts_as_for_a_linear_layer():
