@@ -208,7 +208,7 @@ def test_a_resumed_run_without_its_teacher_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"loss": {"name": "opsd"}, "advantage": {"name": "rloo"}}, "advantage.name: expected grpo, the default, as loss"),
+        ({"loss": {"name": "opsd"}, "advantage": {"name": "rloo"}}, "advantage.name: expected grpo, the default, as"),
         ({"loss": {"name": "sdpo"}, "credit": {"name": "rlsd"}}, "credit.name: .* reads no credit, got 'rlsd'"),
         ({"loss": {"name": "sdpo"}, "reward": {"name": "self_certainty"}}, "reward.name: .* reads no reward"),
         ({"loss": {"divergence": "jsd"}}, "loss.divergence: expected none, since loss clipped has no such option"),
