@@ -32,11 +32,12 @@ def compare(
     Raises InputError if `out` holds such cells, or cannot be written.
     """
     store, began = Store(out), time.monotonic()
-    if not redo:
+    if redo:
+        for cell in plan.every():
+            if store.stale(cell):
+                store.discard(cell)
+    else:
         _refuse_stale(plan, store, ", or --redo to replace them")
-    for cell in plan.every():
-        if store.stale(cell):
-            store.discard(cell)
     for number, cell in enumerate(schedule(plan, store), 1):
         record = store.get(cell)
         if record is not None and "error" not in record:
