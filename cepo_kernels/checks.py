@@ -6,6 +6,7 @@ import itertools
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -23,6 +24,27 @@ def check_logits(name: str, logits: Tensor, labels: Tensor, sharded: bool = Fals
     _same_device(name, logits, labels)
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Dense, and nothing that `torch.func` or forward-mode autograd differentiates."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if value.is_nested else value.layout}")
+    # Their tangents would be lost without a word.
+    if not torch.compiler.is_compiling() and _is_differentiated(value):
+        raise TypeError(
+            f"{name}: expected a tensor that a backward differentiates, got one that torch.func or forward mode would"
+        )
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def check_pair(student: Tensor, teacher: Tensor) -> None:
     """Logits of two models for the same rows and columns; their dtypes may differ."""
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
@@ -35,8 +57,7 @@ def check_pair(student: Tensor, teacher: Tensor) -> None:
 
 
 def _check_layout(name: str, logits: Tensor, sharded: bool = False) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(logits).__name__}")
+    check_tensor(name, logits)
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {logits.dtype}")
     if logits.ndim == 0 or (logits.shape[-1] == 0 and not sharded):
@@ -59,8 +80,7 @@ def check_teacher(name: str, teacher: Tensor | None, policy: Tensor, labels: Ten
 
 def check_labels(labels: Tensor) -> None:
     """Labels must be int32 or int64."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
+    check_tensor("labels", labels)
     if labels.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"labels: expected int32 or int64, got {labels.dtype}")
 
@@ -82,21 +102,30 @@ def check_backend(backend: str) -> None:
         raise TypeError(f"backend: expected a name, got {type(backend).__name__}")
 
 
-def check_row_values(name: str, value: Tensor | None, labels: Tensor, *, boolean: bool = False) -> None:
-    """One value per row: 0-d, or as many dimensions as the labels, each 1 or equal."""
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def check_row_values(name: str, value: Tensor | None, labels: Tensor, *, boolean: bool = False, each: str = "") -> None:
+    """One value per row: 0-d, or as many dimensions as the labels, each 1 or equal; or the labels' shape, their
+    name being ``each``."""
     if value is None:
         return
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    check_tensor(name, value)
     if boolean and value.dtype != torch.bool:
         raise TypeError(f"{name}: expected bool, got {value.dtype}")
     if not boolean and not value.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
+    shape = tuple(labels.shape)
+    if each and value.shape != shape:
+        per_rollout = value.ndim == 0 or (value.shape[0] == shape[0] == value.numel() and len(shape) > 1)
+        hint = "; sequence-level ratios need contrastive_logprobs" if per_rollout and name == "old_logprobs" else ""
+        raise ValueError(f"{name}: expected shape {shape} as {each} have, got {tuple(value.shape)}{hint}")
     if value.ndim == 0:
         _near(name, value, labels)
         return
     _same_device(name, value, labels)
-    shape = tuple(labels.shape)
     if value.ndim != labels.ndim or any(got not in (1, size) for got, size in zip(value.shape, shape, strict=True)):
         hint = ""
         if labels.ndim == 2 and value.ndim == 1 and value.shape[0] == shape[0]:
@@ -144,8 +173,7 @@ def row_options(
 
 def check_hidden(name: str, hidden: Tensor, labels: Tensor, weight: Tensor, rows: str = "labels") -> None:
     """``hidden`` must be (*labels.shape, H) for a head (V, H), and share its device; ``rows`` is the labels' name."""
-    if not isinstance(hidden, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(hidden).__name__}")
+    check_tensor(name, hidden)
     if hidden.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {hidden.dtype}")
     expected = (*labels.shape, weight.shape[1])
@@ -164,8 +192,7 @@ def check_head(
     for name, tensor, dimensions in ((f"{prefix}lm_head_weight", weight, 2), (f"{prefix}lm_head_bias", bias, 1)):
         if tensor is None and dimensions == 1:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        check_tensor(name, tensor)
         if tensor.dtype not in LOGITS_DTYPES:
             raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {tensor.dtype}")
         if tensor.ndim != dimensions or (tensor.numel() == 0 and not sharded):

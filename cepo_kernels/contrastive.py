@@ -49,7 +49,8 @@ def contrastive_logprobs(
 
     Each row of the three tensors is read once. ``evidence = log P+ - log P-``,
     ``weight = clip(exp(sign(A) evidence), 1 - eps_w, 1 + eps_w)``, ``advantages = A ((1 - lam) + lam weight)``.
-    Only ``logprobs`` and ``entropy`` carry a gradient, to ``policy_logits``; it is first-order.
+    Only ``logprobs`` and ``entropy`` carry a gradient, to ``policy_logits`` and nothing else: advantages, temperature
+    and all other tensors are constants, whatever their requires_grad. It is first-order, by a backward of autograd.
 
     Args:
         policy_logits: (..., V) bfloat16, float16, float32 or float64; last dimension contiguous, leading strides
@@ -145,11 +146,12 @@ def run_rows(
             labels, advantages, negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index,
             return_entropy,
         )  # fmt: skip
+        checks.check_flag("inplace_grad", inplace_grad)
         needs_gradient = torch.is_grad_enabled() and policy.requires_grad
         in_place = inplace_grad and needs_gradient and not torch.compiler.is_compiling()
         if in_place:
             checks.check_in_place(policy, {names[1]: positive, names[2]: negative}, names[0])
-        meeting.bring([policy, positive, negative], policy.shape[-1], **arguments)
+        meeting.bring(dict(zip(names, (policy, positive, negative), strict=True)), policy.shape[-1], **arguments)
     teachers = (None if x is None else meeting.true(x).detach() for x in (positive, negative))
     run: Any = _InPlace.apply if in_place else ops.forward
     return ForwardOutputs(*run(meeting.true(policy), *teachers, *arguments.values(), meeting.backend))
@@ -162,6 +164,7 @@ def row_arguments(
 ) -> dict[str, Any]:  # fmt: skip
     """The forward ops' arguments from ``labels`` to ``return_entropy``, checked, detached, numbers as 0-d tensors."""
     checks.check_ignore_index(ignore_index)
+    checks.check_flag("return_entropy", return_entropy)
     checks.check_row_values("advantages", advantages, labels)
     checks.check_row_values("negative_mask", negative_mask, labels, boolean=True)
     temperature, logit_scale, logit_softcap = checks.row_options(labels, temperature, logit_scale, logit_softcap)

@@ -37,15 +37,13 @@ def contrastive_credit(
     Raises:
         TypeError, ValueError: an argument is malformed; the message names it.
     """
-    if not isinstance(positive_logprobs, Tensor) or not positive_logprobs.dtype.is_floating_point:
-        raise TypeError(f"positive_logprobs: expected a floating tensor, got {_kind(positive_logprobs)}")
+    checks.check_tensor("positive_logprobs", positive_logprobs)
+    if not positive_logprobs.dtype.is_floating_point:
+        raise TypeError(f"positive_logprobs: expected a floating dtype, got {positive_logprobs.dtype}")
     if advantages is None:
         raise TypeError("advantages: expected a tensor, got None")
-    for name, given in (("negative_logprobs", negative_logprobs), ("policy_logprobs", policy_logprobs)):
-        if isinstance(given, Tensor) and given.shape != positive_logprobs.shape:
-            expected, got = tuple(positive_logprobs.shape), tuple(given.shape)
-            raise ValueError(f"{name}: expected shape {expected} as positive_logprobs have, got {got}")
-        checks.check_row_values(name, given, positive_logprobs)
+    checks.check_row_values("negative_logprobs", negative_logprobs, positive_logprobs, each="positive_logprobs")
+    checks.check_row_values("policy_logprobs", policy_logprobs, positive_logprobs, each="positive_logprobs")
     checks.check_row_values("advantages", advantages, positive_logprobs)
     checks.check_row_values("negative_mask", negative_mask, positive_logprobs, boolean=True)
     checks.check_row_values("mask", mask, positive_logprobs, boolean=True)
@@ -67,7 +65,3 @@ def contrastive_credit(
     )  # fmt: skip
     keep = torch.ones((), dtype=torch.bool, device=positive.device) if mask is None else mask
     return Credit(*(torch.where(keep, value, 0.0).to(dtype) for value in result if value is not None))
-
-
-def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

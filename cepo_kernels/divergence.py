@@ -37,8 +37,9 @@ def divergence(
     1 - beta. Unless clipped never negative, 0 for equal rows and exact for nearly equal ones; infinite where a KL's
     second distribution lacks what its first has. A row that is all -inf, or holds +inf or NaN, gives NaN.
 
-    Only the student gets a gradient. It is first-order, computed with the values and handed over by the first
-    backward; a second one raises. An upstream gradient of 1, as that of ``.sum()``, costs nothing.
+    Only the student gets a gradient, not ``token_weight`` or the temperature. It is first-order, computed with the
+    values and handed over by the first backward; a second one raises. An upstream gradient of 1, as that of ``.sum()``,
+    costs nothing.
 
     Args:
         student_logits: (..., V) bfloat16, float16, float32 or float64; last dimension contiguous, leading strides
@@ -68,6 +69,7 @@ def divergence(
         RuntimeError: a named backend cannot run here, or a second backward.
     """
     checks.check_backend(backend)
+    checks.check_flag("inplace_grad", inplace_grad)
     checks.check_pair(student_logits, teacher_logits)
     rows = student_logits[..., 0]
     arguments = (
@@ -107,8 +109,9 @@ def linear_divergence(
     Logits are float32, summed in float32 whatever the dtype of the operands. The gradients of the student's hidden
     states, head and bias are made with the values, chunk by chunk; rows that ``mask`` or ``token_weight`` leave out go
     through no matrix product, and a frozen head costs no weight gradient. They serve any upstream gradient that is the
-    same for all rows, as that of ``.sum()``; where it differs among rows and the head is trained, the backward does the
-    work again: put row weights into ``token_weight``. Under autocast all are cast as those of a linear layer are.
+    same for all rows that count, as that of ``.sum()`` or ``.mean()`` (under `torch.compile`, which cannot look at
+    values, of ``.sum()`` alone); where it differs and the head is trained, the backward does the work again: put row
+    weights into ``token_weight``. Under autocast all are cast as those of a linear layer are.
 
     Args:
         student_hidden: (..., H) bfloat16, float16, float32 or float64. teacher_hidden: (..., H') for its own head.
@@ -126,9 +129,9 @@ def linear_divergence(
         RuntimeError: a named backend cannot run here.
     """
     checks.check_backend(backend)
-    if not isinstance(student_hidden, Tensor) or student_hidden.ndim == 0:
-        got = type(student_hidden).__name__ if not isinstance(student_hidden, Tensor) else "a 0-d one"
-        raise TypeError(f"student_hidden: expected a tensor (..., H), got {got}")
+    checks.check_tensor("student_hidden", student_hidden)
+    if student_hidden.ndim == 0:
+        raise ValueError("student_hidden: expected shape (..., H), got ()")
     rows = student_hidden.detach().new_empty(()).expand(student_hidden.shape[:-1])
     if teacher_lm_head_weight is None:
         if teacher_lm_head_bias is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, ops
-from .loss_ops import rescaled
+from .loss_ops import is_batched, rescaled
 from .rows import DivergenceInputs, DivergenceOutputs, RowOptions, blocks, row_values
 
 _OPTIONS = "Tensor temperature, Tensor logit_scale, Tensor? logit_softcap"
@@ -115,7 +115,9 @@ class Fused(torch.autograd.Function):
         if ctx.gradient is None:
             raise RuntimeError("divergence: the first backward took the gradient; compute the divergence again")
         gradient, ctx.gradient = ctx.gradient, None
-        if upstream.numel() and is_uniform(upstream):
+        if is_batched(upstream):
+            gradient = times_rows(gradient, upstream)
+        elif upstream.numel() and is_uniform(upstream):
             rescaled(gradient, upstream[(0,) * upstream.ndim], ctx.backend)
         elif upstream.device.type != "cpu" or bool((upstream != 1).any()):
             column = upstream.unsqueeze(-1)

@@ -37,7 +37,7 @@ class LogprobHead(nn.Linear):
         if labels is None:
             given = (positive_hidden, negative_hidden, advantages, policy_loss or None, *options.values())
             if any(value is not None for value in given):
-                raise ValueError("labels: expected a tensor, got None")
+                raise ValueError("labels: expected a tensor, given as labels=..., got None")
             return super().forward(input)
         if "lm_head_bias" in options:
             raise TypeError("lm_head_bias: expected none, as the head has its own")

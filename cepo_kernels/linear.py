@@ -52,7 +52,7 @@ def linear_token_logprobs(
             in the backward. A head that is a DTensor, ``Shard(0)``, says them itself.
 
     Returns:
-        `TokenLogprobs`, float32 (float64 if an input is), differentiable in hidden states, head and bias.
+        `TokenLogprobs`, float32 (float64 if an input is), differentiable in hidden states, head and bias alone.
 
     Raises:
         TypeError, ValueError: an argument is malformed; the message says which, what was expected and what came.
@@ -151,13 +151,14 @@ def linear_contrastive_policy_loss(
             entropy_coef, denominator, negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index,
             return_entropy,
         )  # fmt: skip
+        states = dict(zip(_NAMES, contexts, strict=True))
         meeting.bring(
-            [*contexts, weight, bias],
+            {**states, "lm_head_weight": weight, "lm_head_bias": bias},
             weight.shape[0],
             hidden_size=weight.shape[1],
             logits_dtype=logits_dtype,
             **arguments,
-            **dict(zip(_NAMES, contexts, strict=True)),
+            **states,
         )
     policy, positive, negative = contexts
     weight, bias = meeting.true(weight, 0), meeting.true(bias)
@@ -187,13 +188,14 @@ def _forward(
             labels, advantages, negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index,
             return_entropy,
         )  # fmt: skip
+        states = dict(zip(names, contexts, strict=True))
         meeting.bring(
-            [*contexts, weight, bias],
+            {**states, "lm_head_weight": weight, "lm_head_bias": bias},
             weight.shape[0],
             hidden_size=weight.shape[1],
             logits_dtype=logits_dtype,
             **arguments,
-            **dict(zip(names, contexts, strict=True)),
+            **states,
         )
     policy, positive, negative = contexts
     weight, bias = meeting.true(weight, 0), meeting.true(bias)

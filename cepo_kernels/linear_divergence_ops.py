@@ -12,7 +12,7 @@ from .divergence_ops import HOW, Call, is_uniform, times_rows
 from .divergence_ops import result_dtype as wider
 from .linear_ops import _chosen, _empty_gradients, _pieces, _refuse_create_graph, of_live_rows
 from .linear_products import Gradients, Head, Products, result_dtype
-from .loss_ops import is_last, times
+from .loss_ops import is_batched, is_last, times
 from .rows import DivergenceOutputs
 
 _HEADS = "Tensor student, Tensor teacher, Tensor weight, Tensor? bias, Tensor teacher_weight, Tensor? teacher_bias"
@@ -74,22 +74,35 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*output[1:], *(x for x, is_tensor in zip(inputs, ctx.tensors, strict=True) if is_tensor))
 
 
+def _common(upstream: Tensor, weight: Tensor | None) -> Tensor | None:
+    """What came from above, if it is the same for all scored rows; None also where that cannot be looked at: it waits
+    for the device, as the work that it may save would."""
+    if is_uniform(upstream):
+        return upstream.sum() if upstream.numel() <= 1 else upstream[(0,) * upstream.ndim]
+    capturing = upstream.is_cuda and torch.cuda.is_current_stream_capturing()
+    if type(upstream) is not Tensor or is_batched(upstream) or capturing:
+        return None
+    scored = upstream.reshape(-1) if weight is None else upstream[(weight != 0).expand(upstream.shape)]
+    return scored[:1].sum() if bool((scored == scored[:1]).all()) else None
+
+
 def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients made in the forward, times what came from above; the head's again if that differs among rows."""
     _refuse_create_graph(upstream)
     saved, needs = ctx.saved_tensors, ctx.others[-3]  # read once: a checkpoint makes them again for each reading
     gradients = saved[:3]
     found: list[Tensor | None] = [None, None, None]
-    if upstream is not None and is_uniform(upstream):
-        factor = upstream.sum() if upstream.numel() <= 1 else upstream[(0,) * upstream.ndim]
+    tensors = iter(saved[3:])
+    inputs = [next(tensors) if is_tensor else x for x, is_tensor in zip(ctx.others, ctx.tensors, strict=True)]
+    weight = inputs[6]
+    if upstream is None:
+        pass
+    elif not is_uniform(upstream) and not (needs[1] or needs[2]):
+        found[0] = times_rows(gradients[0], of_live_rows(upstream, gradients[0]))
+    elif (factor := _common(upstream, weight)) is not None:
         last = is_last(factor)
         found = [times(gradient, factor, last).to(gradient.dtype) for gradient in gradients]
-    elif upstream is not None and not (needs[1] or needs[2]):
-        found[0] = times_rows(gradients[0], of_live_rows(upstream, gradients[0]))
-    elif upstream is not None:
-        tensors = iter(saved[3:])
-        inputs = [next(tensors) if is_tensor else x for x, is_tensor in zip(ctx.others, ctx.tensors, strict=True)]
-        weight = inputs[6]
+    else:
         inputs[6] = upstream if weight is None else torch.where(weight == 0, 0.0, weight * upstream)
         found = list(linear_divergence(*inputs)[1:])
     hidden, weight, bias = (x if wanted else None for x, wanted in zip(found, needs, strict=True))

@@ -325,12 +325,12 @@ linear_policy_loss = torch.ops.cepo_kernels.linear_policy_loss.default
 def _empty_gradients(
     policy: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    nothing = policy.new_empty(0)
-    return (
-        policy.new_empty(policy.shape, dtype=kept_dtype(policy)) if needs[0] else nothing,
-        weight.new_empty(weight.shape, dtype=kept_dtype(weight)) if needs[1] else nothing,
-        weight.new_empty(0) if bias is None or not needs[2] else bias.new_empty(bias.shape, dtype=kept_dtype(bias)),
+    bias = weight[:, 0] if bias is None else bias
+    hidden, weight, bias = (
+        x.new_empty(x.shape if needed else (0,), dtype=kept_dtype(x))
+        for x, needed in zip((policy, weight, bias), needs, strict=True)
     )
+    return hidden, weight, bias
 
 
 def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:

@@ -215,7 +215,7 @@ class Gradients:
         head = self.products.head
         if self.products.sharded and self.needs[0]:
             self.products.sharded.reduce(self.hidden)
-        bias = self.bias if head.bias is None else self.bias.to(kept_dtype(head.bias))
+        bias = self.bias.to(kept_dtype(head.weight if head.bias is None else head.bias))
         weight = self.weight
         if weight is None:
             weight = self.hidden.new_zeros(head.weight.shape if self.needs[1] else (0,), dtype=self.products.sums)

@@ -118,8 +118,16 @@ def _fake(policy: Tensor, positive: Tensor | None, negative: Tensor | None, labe
     return returned(outputs.losses.new_empty(()), outputs, policy)
 
 
+def is_batched(upstream: Tensor) -> bool:
+    """Whether it is several backwards' at once (`torch.autograd.grad` with is_grads_batched), which no address has."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream)
+
+
 def rescaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     """The gradient times what came from above, in place; nothing is done at 1, and no device is waited for."""
+    if is_batched(upstream):
+        return (gradient * upstream).to(gradient.dtype)
     if upstream.device.type == "cpu":
         if (factor := float(upstream)) != 1.0:
             gradient.mul_(factor)
@@ -134,8 +142,12 @@ def rescaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
 
 
 def is_last(upstream: Tensor) -> bool:
-    """Whether a backward on the CPU is its graph's last, so that what the graph kept may be changed and given away."""
-    eager = type(upstream) is Tensor and upstream.device.type == "cpu"
+    """Whether a backward on the CPU is its graph's last, so that what the graph kept may be changed and given away.
+
+    For the ops' own callers the kept gradients are outputs, that such a backward overwrites: a copy of the head's is
+    what they would cost, and the functions hand them to nobody.
+    """
+    eager = type(upstream) is Tensor and upstream.device.type == "cpu" and not is_batched(upstream)
     return eager and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 

@@ -23,7 +23,7 @@ from . import backends, checks
 if TYPE_CHECKING:  # else imported by the first call that has a group
     from .backends.sharded import Piece, Shard
 
-_FACTS = 48  # int64 in a status; the last ones are spare
+_FACTS = 64  # int64 in a status; the last ones are spare
 _FIXED = ("failed", "names", "columns", "vocab_start", "lowest", "highest", "vocab_size", "number of rows")
 _MAY_DIFFER = _FIXED[2:6]
 _VALUES = ("labels", "ignore_index", "lam", "eps_w", "temperature", "logit_scale", "logit_softcap")
@@ -65,8 +65,8 @@ class Meeting:
                 raise ValueError(f"{name}: expected None without tp_group, got {value}")
         return self
 
-    def bring(self, tensors: list[Tensor | None], columns: int, **facts: Any) -> None:
-        """What this rank has: logits or hidden states and head, its columns, and arguments that all ranks share.
+    def bring(self, tensors: dict[str, Tensor | None], columns: int, **facts: Any) -> None:
+        """What this rank has: logits or hidden states and head by name, its columns, and what all ranks share.
 
         Of a shared tensor with one more dimension than the labels, hidden states, the scored rows count.
         """
@@ -79,13 +79,13 @@ class Meeting:
         checks.check_values(**{name: facts[name] for name in _VALUES})
         if "denominator" in facts:
             checks.check_loss_values(**{name: facts[name] for name in _LOSS_VALUES})
-        dtypes = [None if x is None else x.dtype for x in tensors]
-        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        dtypes = {f"{name} dtype": None if x is None else x.dtype for name, x in tensors.items()}
+        wide = torch.float64 if torch.float64 in dtypes.values() else torch.float32
         self.inner = backends.choose(self.backend, facts["labels"].device.type, wide)
-        gradients = torch.is_grad_enabled() and [x is not None and x.requires_grad for x in tensors]
+        gradients = {f"{name} requires_grad": torch.is_grad_enabled() and x is not None and x.requires_grad
+                     for name, x in tensors.items()}  # fmt: skip
         self.brought, self.ignore_index = columns, facts["ignore_index"]
-        self.facts = {"labels": facts["labels"], "dtypes": dtypes, "requires_grad": gradients,
-                      "backend": self.inner.notes, **facts}  # fmt: skip
+        self.facts = {"labels": facts["labels"], **dtypes, **gradients, "backend": self.inner.notes, **facts}
 
     def true(self, tensor: Any, dimension: int = -1) -> Any:
         """A tensor, if there is one, without the columns that are padding."""
@@ -165,7 +165,11 @@ def _difference(name: str, first: int, second: int, rank: int) -> str:
         )
     hint = "; under FSDP call a LogprobHead, which gathers the head" if name == "labels" else ""
     hint = "; broadcast what one of them has" if name.endswith(("hidden", "hidden_states")) else hint
-    return f"{name}: expected the same on every rank of tp_group, but rank {rank} differs from rank 0{hint}"
+    name, *what = name.split()
+    expected = " ".join([f"{name}: expected the same", *what, "on every rank of tp_group"])
+    if first in _TOLD and second in _TOLD:
+        return f"{expected}, got {_TOLD[first]} on rank 0 and {_TOLD[second]} on rank {rank}"
+    return f"{expected}, but rank {rank} differs from rank 0{hint}"
 
 
 def _layout(told: list[dict[str, int]]) -> tuple[tuple[Piece, ...], int]:
@@ -206,12 +210,19 @@ def _check_group(group: Any) -> None:
         raise ValueError("tp_group: expected a group that this process belongs to")
 
 
+def _checksum(value: Any) -> int:
+    return zlib.crc32(repr(value).encode())
+
+
+_TOLD = {_checksum(value): value for value in (None, False, True, *checks.LOGITS_DTYPES)}  # by their checksums
+
+
 def _number(value: Any, scored: Tensor) -> int | Tensor:
     """An int64 that tells values apart: a checksum of a tensor's bits, where it lives, or of anything's repr."""
     if not isinstance(value, Tensor):
-        return zlib.crc32(repr(value).encode())
+        return _checksum(value)
     value = value.detach()
-    found: Tensor | int = zlib.crc32(repr((value.dtype, tuple(value.shape))).encode())
+    found: Tensor | int = _checksum((value.dtype, tuple(value.shape)))
     # A fresh copy either way, so that several of its elements may be read as one integer.
     rows = value[scored] if value.ndim > scored.ndim else value.clone().reshape(1, -1)
     size = math.gcd(8, rows.shape[1] * rows.element_size()) if rows.numel() else rows.element_size()

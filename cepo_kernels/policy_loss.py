@@ -63,8 +63,9 @@ def contrastive_policy_loss(
     rows' sum over ``denominator``.
 
     The ratio belongs to a token, as credit does: sequence-level ratios (GSPO) need all tokens of a rollout first, and
-    so `contrastive_logprobs`. The gradient is computed with the loss and handed over by the first backward; a second
-    one raises.
+    so `contrastive_logprobs`. The gradient is that of ``policy_logits`` alone: advantages, ``token_weight``,
+    temperature and all other tensors are constants, whatever their requires_grad. It is computed with the loss and
+    handed over by the first backward; a second one raises.
 
     Args:
         policy_logits, positive_logits, negative_logits, labels, negative_mask, lam, eps_w, temperature, logit_scale,
@@ -100,10 +101,11 @@ def contrastive_policy_loss(
             entropy_coef, denominator, negative_mask, lam, eps_w, temperature, logit_scale, logit_softcap, ignore_index,
             return_entropy,
         )  # fmt: skip
+        checks.check_flag("inplace_grad", inplace_grad)
         needs_gradient = torch.is_grad_enabled() and policy_logits.requires_grad
         if inplace_grad and needs_gradient and not torch.compiler.is_compiling():
             checks.check_in_place(policy_logits, teachers)
-        meeting.bring([policy_logits, *teachers.values()], policy_logits.shape[-1], **arguments)
+        meeting.bring({"policy_logits": policy_logits, **teachers}, policy_logits.shape[-1], **arguments)
     policy_logits, backend = meeting.true(policy_logits), meeting.backend
     inputs = (*(None if x is None else meeting.true(x).detach() for x in teachers.values()), *arguments.values())
     if torch.compiler.is_compiling():
@@ -128,30 +130,27 @@ def loss_arguments(
     checks.check_ignore_index(ignore_index)
     if advantages is None:
         raise TypeError("advantages: expected a tensor, got None")
-    per_row = {"advantages": advantages, "old_logprobs": old_logprobs, "token_weight": token_weight,
-               "ref_logprobs": ref_logprobs}  # fmt: skip
-    for name, value in per_row.items():
-        checks.check_row_values(name, value, labels)
-    for name in ("old_logprobs", "ref_logprobs"):
-        value = per_row[name]
-        if value is not None and value.shape != labels.shape:
-            hint = "; sequence-level ratios need contrastive_logprobs" if name == "old_logprobs" else ""
-            raise ValueError(f"{name}: expected shape {tuple(labels.shape)}, got {tuple(value.shape)}{hint}")
+    checks.check_flag("return_entropy", return_entropy)
+    checks.check_row_values("advantages", advantages, labels)
+    checks.check_row_values("token_weight", token_weight, labels)
+    checks.check_row_values("old_logprobs", old_logprobs, labels, each="labels")
+    checks.check_row_values("ref_logprobs", ref_logprobs, labels, each="labels")
     checks.check_row_values("negative_mask", negative_mask, labels, boolean=True)
-    has_kl = isinstance(kl_coef, Tensor) or kl_coef != 0
-    if has_kl and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs: expected log-probs of the reference policy for kl_coef = {kl_coef}, got None")
-    has_entropy = isinstance(entropy_coef, Tensor) or entropy_coef != 0
     if denominator is None:
         denominator = (labels != ignore_index).sum().clamp(min=1).double()
     numbers = {"lam": lam, "eps_w": eps_w, "clip_low": clip_low, "clip_high": clip_high, "kl_coef": kl_coef,
                "entropy_coef": entropy_coef, "denominator": denominator}  # fmt: skip
+    scalars = {name: checks.scalar(name, value, labels) for name, value in numbers.items()}
+    has_kl = isinstance(kl_coef, Tensor) or kl_coef != 0
+    if has_kl and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs: expected log-probs of the reference policy for kl_coef = {kl_coef}, got None")
+    has_entropy = isinstance(entropy_coef, Tensor) or entropy_coef != 0
     temperature, logit_scale, logit_softcap = checks.row_options(labels, temperature, logit_scale, logit_softcap)
     return {
         "labels": labels, "advantages": beside(advantages, labels), "old_logprobs": beside(old_logprobs, labels),
         "token_weight": beside(token_weight, labels), "ref_logprobs": beside(ref_logprobs, labels) if has_kl else None,
         "negative_mask": beside(negative_mask, labels),
-        **{name: checks.scalar(name, value, labels) for name, value in numbers.items()},
+        **scalars,
         "temperature": temperature, "logit_scale": logit_scale, "logit_softcap": logit_softcap,
         "ignore_index": ignore_index, "surrogate": surrogate, "with_entropy": return_entropy or has_entropy,
     }  # fmt: skip

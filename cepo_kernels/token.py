@@ -44,7 +44,7 @@ def token_logprobs(
             vocab_size, vocab_start: as in `contrastive_logprobs`, whose errors these are too.
 
     Returns:
-        `TokenLogprobs`, float32 (float64 for float64 logits), in nats.
+        `TokenLogprobs`, float32 (float64 for float64 logits), in nats, differentiable in the logits alone.
     """
     outputs = run_rows(
         ("logits", "", ""), logits, None, None, labels, None, None,

@@ -145,7 +145,7 @@ def test_it_agrees_with_the_op_that_starts_from_logits(backend):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"positive_logprobs": [0.0]}, TypeError, "positive_logprobs: expected a floating tensor, got list"),
+        ({"positive_logprobs": [0.0]}, TypeError, "positive_logprobs: expected a tensor, got list"),
         ({"positive_logprobs": torch.zeros(2, 3).long()}, TypeError, "positive_logprobs: .*int64"),
         ({"negative_logprobs": torch.zeros(3, 2)}, ValueError, r"negative_logprobs: .*\(2, 3\).*\(3, 2\)"),
         ({"negative_logprobs": None}, ValueError, "policy_logprobs"),

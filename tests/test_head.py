@@ -68,8 +68,8 @@ def test_each_form_is_the_op_of_its_name():
         assert type(got) is type(want)
         for value, expected in zip(got, want, strict=True):
             assert (value is None and expected is None) or torch.equal(value, expected)
-    for options in ({"positive_hidden": positive}, {"temperature": 2.0}, {"policy_loss": True}):
-        with pytest.raises(ValueError, match="labels: expected a tensor, got None"):
+    for options in ({"positive_hidden": labels}, {"temperature": 2.0}, {"policy_loss": True}):
+        with pytest.raises(ValueError, match=r"labels: expected a tensor, given as labels=\.\.\., got None"):
             head(policy, **options)
     with pytest.raises(TypeError, match="lm_head_bias: expected none"):
         head(policy, labels=labels, lm_head_bias=head.bias)

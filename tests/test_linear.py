@@ -461,12 +461,17 @@ def test_sixteen_bit_logits_are_those_of_a_plain_linear_layer(frozen):
     compare(*(gradients(run, hidden[0], weight, bias, frozen) for run in (both, both_plain)), torch.bfloat16)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_the_ops_are_registered_as_torch_wants_them(frozen):
-    hidden, weight, bias, labels, advantages = inputs(shape=(5,))
+@pytest.mark.parametrize(
+    ("dtype", "frozen", "bias"),
+    [(torch.float32, False, True), (torch.bfloat16, True, False), (torch.float16, True, True)],
+    ids=str,
+)  # fmt: skip
+def test_the_ops_are_registered_as_torch_wants_them(dtype, frozen, bias):
+    hidden, weight, bias, labels, advantages = inputs(dtype, bias, (5,))
     policy = hidden[0].clone().requires_grad_()
     for tensor in (weight, bias):
-        tensor.requires_grad_(not frozen)
+        tensor is None or tensor.requires_grad_(not frozen)
+    needs = [True, not frozen, not frozen and bias is not None]
     numbers = [torch.tensor(value, dtype=torch.float64) for value in (0.5, 0.5)]
     options = [torch.tensor(1.0, dtype=torch.float64)] * 2
     torch.library.opcheck(
@@ -474,9 +479,25 @@ def test_the_ops_are_registered_as_torch_wants_them(frozen):
         (policy, hidden[1], hidden[2], weight, bias, labels, advantages, None, *numbers, *options, None, -100, True,
          "slopes" if frozen else "logits", None, "auto"),
     )  # fmt: skip
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    with torch.no_grad():
+        *values, logits, _ = torch.ops.cepo_kernels.linear_forward.default(
+            policy, None, None, weight, bias, labels, None, None, *numbers, *options, None, -100, True, "logits", None,
+            "auto",
+        )  # fmt: skip
+    for kept in (None, logits):
+        torch.library.opcheck(
+            torch.ops.cepo_kernels.linear_grad.default,
+            (policy.detach(), weight.detach(), None if bias is None else bias.detach(), labels, torch.ones(5), None,
+             values[0], values[6], values[7], kept, *options, None, -100, needs, None, "auto"),
+            test_utils=checks,
+        )  # fmt: skip
+    # An eager last backward overwrites the gradients among the outputs, in float16 by another factor than 1.
+    aot = ["test_aot_dispatch_dynamic"] * (dtype != torch.float16)
     more = [torch.tensor(value, dtype=torch.float64) for value in (0.2, 0.28, 0.0, 0.0, 4.0)]
     torch.library.opcheck(
         torch.ops.cepo_kernels.linear_policy_loss.default,
         (policy, hidden[1], hidden[2], weight, bias, labels, advantages, None, None, None, None, *numbers, *more,
-         *options, None, -100, "ppo", False, [True, not frozen, not frozen], None, "auto"),
+         *options, None, -100, "ppo", False, needs, None, "auto"),
+        test_utils=[*checks, *aot],
     )  # fmt: skip

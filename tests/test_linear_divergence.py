@@ -133,6 +133,31 @@ def test_sixteen_bit_logits_are_those_of_a_plain_linear_layer(frozen):
     compare((values, gradients), (want.double(), expected), torch.bfloat16, frozen)
 
 
+@pytest.mark.parametrize(
+    ("reduce", "again"),
+    [
+        (lambda values, scored: values.mean(), False),
+        (lambda values, scored: (values * scored).sum() / scored.sum(), False),
+        (lambda values, scored: values[scored].mean(), False),
+        (lambda values, scored: (values * torch.where(scored, -2.0, math.nan)).sum(), False),
+        (lambda values, scored: (values * torch.arange(len(values))).sum(), True),
+    ],
+    ids=["mean", "masked mean", "mean of some", "NaN elsewhere", "weighted"],
+)
+def test_the_work_is_done_again_only_where_scored_rows_differ(monkeypatch, reduce, again):
+    tensors, call = inputs(bias=False), weights()
+    scored = call["mask"] & (call["token_weight"] != 0)
+    upstream = torch.ones(ROWS, requires_grad=True)
+    (upstream,) = torch.autograd.grad(reduce(upstream, scored), upstream)
+    want = plain(*tensors, torch.where(scored, upstream, 0.0), **call)
+    made = products(monkeypatch)
+    leaves = [x.clone().requires_grad_() for x in (tensors[0], tensors[2])]
+    values = linear_divergence(leaves[0], tensors[1], leaves[1], **call)
+    reduce(values, scored).backward()
+    assert [name for name, _ in made].count("add_weight_gradient") == 1 + again
+    compare((values.detach(), [*(leaf.grad for leaf in leaves), None]), want, torch.float32)
+
+
 def test_equal_hidden_states_are_exactly_zero():
     student, _, weight, bias = inputs()
     values, gradients = ours(student, student, weight, bias, None)
@@ -242,9 +267,9 @@ def test_compiled_equals_eager_bit_for_bit(frozen, uniform):
         oracle.assert_same_bits(compiled, eager)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_the_op_is_registered_as_torch_wants_it(frozen):
-    student, teacher, weight, bias = inputs(shape=(5,))
+@pytest.mark.parametrize(("dtype", "frozen"), [(torch.float32, False), (torch.float16, True)], ids=str)
+def test_the_op_is_registered_as_torch_wants_it(dtype, frozen):
+    student, teacher, weight, bias = inputs(dtype, shape=(5,))
     student.requires_grad_(), weight.requires_grad_(not frozen), bias.requires_grad_(not frozen)
     numbers = [torch.tensor(value, dtype=torch.float64) for value in (0.3, 0.05)]
     options = [torch.tensor(1.0, dtype=torch.float64)] * 2
@@ -276,7 +301,9 @@ def test_memory_is_a_chunk_whatever_the_number_of_rows(monkeypatch):
     ("change", "error", "message"),
     [
         ({"student_hidden": torch.zeros(5, 25)}, ValueError, r"student_hidden: expected shape \(5, 24\), of the rows"),
-        ({"student_hidden": None}, TypeError, r"student_hidden: expected a tensor \(..., H\), got NoneType"),
+        ({"student_hidden": None}, TypeError, "student_hidden: expected a tensor, got NoneType"),
+        ({"student_hidden": torch.zeros(())}, ValueError, r"student_hidden: expected shape \(..., H\), got \(\)"),
+        ({"student_hidden": torch.zeros(5, 24).to_sparse()}, TypeError, "student_hidden: expected a dense tensor"),
         ({"student_hidden": torch.zeros(5, 24, dtype=torch.int64)}, TypeError, "student_hidden: expected bfloat16"),
         ({"teacher_hidden": torch.zeros(4, 24)}, ValueError, r"teacher_hidden: expected shape \(5, 24\), of the stud"),
         ({"lm_head_weight": torch.zeros(0)}, ValueError, r"^lm_head_weight: expected shape \(V, H\), not empty"),

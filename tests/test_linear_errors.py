@@ -26,6 +26,9 @@ pytestmark = pytest.mark.usefixtures("poisoned")
         ({"logits_dtype": torch.float64}, ValueError, "logits_dtype: expected None, bfloat16 or float16, got .*64"),
         ({"logits_dtype": torch.float16, "hidden_states": torch.zeros(5, WIDTH).double()}, ValueError, "logits_dtype"),
         ({"backend": "gpu"}, ValueError, "backend: expected 'auto' or one of"),
+        ({"hidden_states": torch.zeros(5, WIDTH).to_sparse()}, TypeError, "hidden_states: expected a dense tensor"),
+        ({"lm_head_weight": torch.zeros(9, WIDTH).to_sparse()}, TypeError, "lm_head_weight: .* torch.sparse_coo"),
+        ({"return_entropy": "yes"}, TypeError, "return_entropy: expected a bool, got str"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )

@@ -110,6 +110,16 @@ MALFORMED = [
     ({"logit_softcap": 0.0}, ValueError, "logit_softcap: .*got 0.0"),
     ({"logit_softcap": NAN}, ValueError, "logit_softcap: .*got nan"),
     ({"backend": "cuda-next"}, ValueError, "backend: expected .*auto.*got 'cuda-next'"),
+    ({"policy_logits": torch.zeros(2, 3, 5).to_sparse()}, TypeError, "policy_logits: expected a dense .*sparse_coo"),
+    ({"labels": torch.zeros(2, 3).long().to_sparse()}, TypeError, "labels: expected a dense tensor, got .*sparse_coo"),
+    ({"advantages": torch.ones(2, 3).to_sparse()}, TypeError, "advantages: expected a dense tensor, got .*sparse_coo"),
+    (
+        {"positive_logits": torch.nested.nested_tensor([torch.zeros(3, 5)] * 2, layout=torch.jagged)},
+        TypeError,
+        "positive_logits: expected a dense tensor, got a nested one",
+    ),
+    ({"return_entropy": "yes"}, TypeError, "return_entropy: expected a bool, got str"),
+    ({"inplace_grad": None}, TypeError, "inplace_grad: expected a bool, got NoneType"),
 ]
 
 

@@ -141,7 +141,7 @@ def errors_on_every_rank(rank, world):
         ({"backend": "gpu"}, ValueError, "backend: expected 'auto' or one of"),
         ({"vocab_start": -1}, ValueError, "vocab_start: expected None or a number of columns, got -1"),
         ({"vocab_size": 2**70}, ValueError, "vocab_size: expected None or a number of columns, got 1180"),
-        ({"advantages": torch.ones(4).to_sparse()}, Exception, ""),
+        ({"advantages": torch.ones(4).to_sparse()}, TypeError, "advantages: expected a dense tensor"),
     ):
         for op in (contrastive_logprobs, contrastive_policy_loss):
             call = {**base, **(change if rank == culprit else {})}
@@ -179,9 +179,12 @@ def disagreement_is_named(rank, world):
          lambda: token_logprobs(x[: 4 - odd], y[: 4 - odd], **group)),
         ("labels: expected the same on every rank", lambda: token_logprobs(x, y + odd, **group)),
         ("temperature: expected the same", lambda: token_logprobs(x, y, temperature=1.0 + odd, **group)),
-        ("return_entropy: expected the same", lambda: token_logprobs(x, y, return_entropy=odd, **group)),
-        ("dtypes: expected the same", lambda: token_logprobs(x.bfloat16() if odd else x, y, **group)),
-        ("requires_grad: expected the same", lambda: token_logprobs(x.clone().requires_grad_(odd), y, **group)),
+        ("return_entropy: expected the same .* got False on rank 0 and True",
+         lambda: token_logprobs(x, y, return_entropy=odd, **group)),
+        ("logits: expected the same dtype on every rank of tp_group, got torch.float32 on rank 0 and torch.bfloat16 on",
+         lambda: token_logprobs(x.bfloat16() if odd else x, y, **group)),
+        ("lm_head_weight: expected the same requires_grad .* got False on rank 0 and True on rank",
+         lambda: linear_token_logprobs(states, torch.zeros(5, 3, requires_grad=odd), y, **group)),
         ("surrogate: expected the same",
          lambda: loss(torch.ones(4), surrogate="cispo" if odd else "ppo", **group)),
         ("advantages: expected the same", lambda: loss(torch.ones(4) + odd, **group)),

@@ -388,6 +388,14 @@ def test_float64_against_difference_quotients():
     [
         ({"surrogate": "gspo"}, ValueError, "surrogate: expected one of ppo, cispo; got 'gspo'; sequence-level"),
         ({"old_logprobs": torch.zeros(2, 1)}, ValueError, r"old_logprobs: expected shape \(2, 3\).*sequence-level"),
+        (
+            {"old_logprobs": torch.zeros(5)},
+            ValueError,
+            r"old_logprobs: expected shape \(2, 3\) as labels .*got \(5,\)$",
+        ),
+        ({"kl_coef": None}, TypeError, "kl_coef: expected a number or a 0-d tensor, got NoneType"),
+        ({"return_entropy": "yes"}, TypeError, "return_entropy: expected a bool, got str"),
+        ({"inplace_grad": 1}, TypeError, "inplace_grad: expected a bool, got int"),
         ({"advantages": None}, TypeError, "advantages: expected a tensor, got None"),
         ({"advantages": torch.zeros(2)}, ValueError, r"pass advantages\[:, None\]"),
         ({"kl_coef": 0.1}, ValueError, "ref_logprobs: expected log-probs of the reference policy for kl_coef = 0.1"),
