@@ -108,8 +108,8 @@ def check_flag(name: str, value: bool) -> None:
 
 
 def check_row_values(name: str, value: Tensor | None, labels: Tensor, *, boolean: bool = False, each: str = "") -> None:
-    """One value per row: 0-d, or as many dimensions as the labels, each 1 or equal; or the labels' shape, their
-    name being ``each``."""
+    """One value per row: 0-d, or as many dimensions as the labels, each 1 or equal. With ``each``, the labels' name:
+    of their shape."""
     if value is None:
         return
     check_tensor(name, value)
@@ -119,7 +119,7 @@ def check_row_values(name: str, value: Tensor | None, labels: Tensor, *, boolean
         raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
     shape = tuple(labels.shape)
     if each and value.shape != shape:
-        per_rollout = value.ndim == 0 or (value.shape[0] == shape[0] == value.numel() and len(shape) > 1)
+        per_rollout = value.numel() == 1 or (len(shape) > 1 and value.shape[0] == shape[0] == value.numel())
         hint = "; sequence-level ratios need contrastive_logprobs" if per_rollout and name == "old_logprobs" else ""
         raise ValueError(f"{name}: expected shape {shape} as {each} have, got {tuple(value.shape)}{hint}")
     if value.ndim == 0:
@@ -142,6 +142,7 @@ def scalar(name: str, value: float | Tensor, labels: Tensor | None = None) -> Te
     compiles once, where a constant would compile fifty times.
     """
     if isinstance(value, Tensor):
+        check_tensor(name, value)
         if value.ndim != 0:
             raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
         if value.dtype == torch.bool or value.is_complex():

@@ -88,6 +88,8 @@ def _common(upstream: Tensor, weight: Tensor | None) -> Tensor | None:
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients made in the forward, times what came from above; the head's again if that differs among rows."""
+    if upstream is None:
+        return (None,) * len(ctx.others)
     _refuse_create_graph(upstream)
     saved, needs = ctx.saved_tensors, ctx.others[-3]  # read once: a checkpoint makes them again for each reading
     gradients = saved[:3]
@@ -95,9 +97,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Ten
     tensors = iter(saved[3:])
     inputs = [next(tensors) if is_tensor else x for x, is_tensor in zip(ctx.others, ctx.tensors, strict=True)]
     weight = inputs[6]
-    if upstream is None:
-        pass
-    elif not is_uniform(upstream) and not (needs[1] or needs[2]):
+    if not is_uniform(upstream) and not (needs[1] or needs[2]):
         found[0] = times_rows(gradients[0], of_live_rows(upstream, gradients[0]))
     elif (factor := _common(upstream, weight)) is not None:
         last = is_last(factor)

@@ -144,8 +144,8 @@ def rescaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
 def is_last(upstream: Tensor) -> bool:
     """Whether a backward on the CPU is its graph's last, so that what the graph kept may be changed and given away.
 
-    For the ops' own callers the kept gradients are outputs, that such a backward overwrites: a copy of the head's is
-    what they would cost, and the functions hand them to nobody.
+    To the ops' own callers these are outputs, which such a backward overwrites: to spare them would cost a copy of the
+    head's gradient, and the public functions hand them to nobody.
     """
     eager = type(upstream) is Tensor and upstream.device.type == "cpu" and not is_batched(upstream)
     return eager and not torch._C._autograd._get_current_graph_task_keep_graph()
