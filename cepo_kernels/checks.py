@@ -194,6 +194,7 @@ def check_head(
         if tensor is None and dimensions == 1:
             continue
         check_tensor(name, tensor)
+        assert tensor is not None
         if tensor.dtype not in LOGITS_DTYPES:
             raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {tensor.dtype}")
         if tensor.ndim != dimensions or (tensor.numel() == 0 and not sharded):

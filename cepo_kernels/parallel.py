@@ -165,8 +165,8 @@ def _difference(name: str, first: int, second: int, rank: int) -> str:
         )
     hint = "; under FSDP call a LogprobHead, which gathers the head" if name == "labels" else ""
     hint = "; broadcast what one of them has" if name.endswith(("hidden", "hidden_states")) else hint
-    name, *what = name.split()
-    expected = " ".join([f"{name}: expected the same", *what, "on every rank of tp_group"])
+    argument, _, what = name.partition(" ")
+    expected = f"{argument}: expected the same {what} on every rank of tp_group".replace("  ", " ")
     if first in _TOLD and second in _TOLD:
         return f"{expected}, got {_TOLD[first]} on rank 0 and {_TOLD[second]} on rank {rank}"
     return f"{expected}, but rank {rank} differs from rank 0{hint}"
