@@ -84,40 +84,49 @@ def load_parts(config: Config, model: str | None = None, processes: Alone = ALON
     if config.train.gradient_checkpointing:
         checkpoint_layers(policy.model)
     _check_backend(config.backend, policy)
-    credit, loss = axes.module("credit", config.credit.name), axes.module("losses", config.loss.name)
-    reward, advantage = axes.module("rewards", config.reward.name), axes.module("advantages", config.advantage.name)
+    reward = axes.module("rewards", config.reward.name)
     if config.advantage.average not in (None, config.loss.average):
         logger.warning(
             "loss.average: advantage %s keeps its objective under %r alone, not under %r",
             *(config.advantage.name, config.advantage.average, config.loss.average),
         )
-    parts = Parts(
+    return Parts(
         config,
         policy,
         task,
         reward.load(config) if hasattr(reward, "load") else axes.lookup("rewards", config.reward.name),
-        _advantage(config),
-        axes.lookup("credit", config.credit.name),
-        credit.TEACHERS,
-        getattr(loss, "SURROGATE", None),
-        needs_zero_a_rows=credit.NEEDS_ZERO_A_ROWS,
-        token_advantages=getattr(credit, "token_advantages", None),
-        check_problem=getattr(credit, "check_problem", None),
+        **of_method(config, policy),
         control=reward.load_control(config) if hasattr(reward, "load_control") else None,
-        adaptive=advantage.adaptive(config) if hasattr(advantage, "adaptive") else None,
         processes=processes,
         engine=_engine(config, policy, model or config.policy.model, processes),
     )
-    if not config.loss.distils:
-        return parts
-    return replace(
-        parts,
-        advantage=torch.zeros_like,
-        teachers=(),
-        check_problem=_check_solution if "solution" in loss.TEACHER_CONTEXT else None,
-        distillation=loss,
-        self_teacher=SelfTeacher(policy.model, config.loss),
-    )
+
+
+def of_method(config: Config, policy: Policy) -> dict[str, Any]:
+    """What advantage, credit and loss make of a policy's `Parts`: those fields."""
+    credit, loss = axes.module("credit", config.credit.name), axes.module("losses", config.loss.name)
+    advantage = axes.module("advantages", config.advantage.name)
+    fields = {
+        "advantage": _advantage(config),
+        "credit": axes.lookup("credit", config.credit.name),
+        "teachers": credit.TEACHERS,
+        "surrogate": getattr(loss, "SURROGATE", None),
+        "needs_zero_a_rows": credit.NEEDS_ZERO_A_ROWS,
+        "token_advantages": getattr(credit, "token_advantages", None),
+        "check_problem": getattr(credit, "check_problem", None),
+        "adaptive": advantage.adaptive(config) if hasattr(advantage, "adaptive") else None,
+        "distillation": None,
+        "self_teacher": None,
+    }
+    if config.loss.distils:
+        fields |= {
+            "advantage": torch.zeros_like,
+            "teachers": (),
+            "check_problem": _check_solution if "solution" in loss.TEACHER_CONTEXT else None,
+            "distillation": loss,
+            "self_teacher": SelfTeacher(policy.model, config.loss),
+        }
+    return fields
 
 
 def _engine(config: Config, policy: Policy, model: str, processes: Alone) -> Engine | None:

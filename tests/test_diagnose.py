@@ -10,20 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny import Sums, one_thread, rollouts_of, tiny_policy  # noqa: F401
 
-from cepo import checkpoint, update
+from cepo import axes, checkpoint, trainer
 from cepo.cli import main
 from cepo.config import Config, DiagnoseConfig, RolloutConfig
-from cepo.diagnose import diagnose
-from cepo.diagnose.batches import Scored, batch_of, collect, collect_held_out, methods, observe
+from cepo.diagnose import command, diagnose
+from cepo.diagnose.batches import Scored, batch_of, collect, collect_held_out, observe
 from cepo.diagnose.gradient import gradient, variance
 from cepo.diagnose.leakage import answer_logprobs, leakage
+from cepo.diagnose.methods import methods
 from cepo.diagnose.ranking import UNCERTAIN, Slip, rank, ranking, result_tokens, slips
 from cepo.diagnose.report import text
 from cepo.diagnose.shares import shares
 from cepo.errors import InputError
-from cepo.metrics import Clock
 from cepo.parts import Parts, load_parts, problems_of, score
 from cepo.policy import response_logits
 from cepo.tasks.addition import Addition, problem
@@ -45,7 +46,7 @@ def embedded() -> Parts:
 
 @pytest.fixture(scope="module")
 def scored(embedded: Parts) -> Scored:
-    found = collect(embedded, problems_of(embedded, 6), (0, 1))  # with a group whose wrong answers differ
+    found = collect(embedded, problems_of(embedded, 5), (0, 5))  # with a group whose wrong answers differ
     assert (found.advantages == 0).any()
     assert (found.advantages != 0).any()
     return found
@@ -62,49 +63,66 @@ RIGHT = "75:12;38:12;42:7#722"
 OTHER = "12:3;12:3;12:3#333"
 
 
-@pytest.mark.parametrize("passes", [{}, {"prompts_per_pass": 1}])
-def test_the_gradient_of_a_method_is_the_one_that_training_by_it_takes(
-    embedded: Parts, scored: Scored, passes: dict[str, int]
-) -> None:
-    parts = replace(embedded, config=small(train={**passes, "max_grad_norm": float("inf")}))
-    found = methods(parts, None)
-    assert list(found) == ["cepo", "cepo, own r-", "rlsd", "shuffled", "uniform"]
-    seen = []
-    for label, method in found.items():
-        config = small(
-            train={**passes, "max_grad_norm": float("inf")},
-            credit={"name": label.partition(",")[0], "lam_steps": None, "eps_w": None},
-            teacher={"negative": "own" if "own" in label else "group"},
-        )
-        trained = replace(load_parts(config), policy=parts.policy)
-        still = torch.optim.SGD(parts.policy.model.parameters(), lr=0.0)
-        success = [bool(r) for r in scored.rewards]
-        clock = Clock(parts.policy.device)
-        batch = update.credit_ahead(trained, batch_of(trained, scored), scored.rewards, success, 1, clock)
-        update.update(trained, still, batch, clock)
-        expected = torch.cat([p.grad.flatten().clone() for p in parts.policy.model.parameters()])
-        got = gradient(method, scored)
-        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-7)
-        assert all(p.grad is None for p in parts.policy.model.parameters())
+def every(parts: Parts) -> dict[str, Parts]:
+    found, without = methods(parts, None)
+    assert not without
+    return found
+
+
+CREDITS = ["cepo", "cepo, own r-", "rlsd", "rredcot", "shuffled", "uniform"]
+OTHERS = ["dr_grpo", "maxrl", "rl2ml, alpha 0.5", "rl2ml, alpha 1.5", "rl2ml, alpha auto", "rloo", "opsd", "sdpo"]
+
+
+def trained_as(label: str) -> dict[str, Any]:
+    """The sections of a training by the method of this label."""
+    name, _, option = label.partition(", ")
+    if name in axes.members("losses"):
+        return {"loss": {"name": name, "average": None}}
+    if name in axes.members("advantages"):
+        alpha = yaml.safe_load(option.removeprefix("alpha ") or "null")
+        advantage = {"name": name, "alpha": alpha}
+        return {"credit": {"name": "uniform", "eps_w": None}, "advantage": advantage, "loss": {"average": None}}
+    return {"credit": {"name": name, "eps_w": None, "lam_steps": 0}, "teacher": {"negative": option[:3] or "group"}}
+
+
+def test_the_gradient_of_a_method_is_the_one_that_training_by_it_takes(embedded: Parts, scored: Scored) -> None:
+    trains = [{"prompts_per_pass": n, "max_grad_norm": float("inf")} for n in (0, 1)]
+    every_two = [every(replace(embedded, config=small(train=train))) for train in trains]
+    assert [*every_two[0]] == [*CREDITS, *OTHERS]
+    seen: list[torch.Tensor] = []
+    for k, label in enumerate(every_two[0]):
+        method, train = every_two[k % 2][label], trains[k % 2]
+        trained = load_parts(small(train=train, **trained_as(label)))
+        still = torch.optim.SGD(trained.policy.model.parameters(), lr=0.0)
+        trainer.train_step(trained, still, 5)
+        expected = torch.cat([p.grad.flatten() for p in trained.policy.model.parameters()])
+        got = gradient(method, scored, 5)
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item()), label
+        assert all(p.grad is None for p in embedded.policy.model.parameters())
+        assert not any(torch.allclose(got, other, rtol=1e-3, atol=1e-6) for other in seen), label
         seen.append(got)
-    assert not any(torch.allclose(a, b, rtol=1e-3) for i, a in enumerate(seen) for b in seen[:i])
+        if method.adaptive:
+            assert method.adaptive.state["histogram"].sum() > 0
+            for name, value in trained.adaptive.state.items():
+                torch.testing.assert_close(method.adaptive.state[name], value)
 
 
 def test_a_batch_without_variance_counts_as_a_gradient_of_zero(embedded: Parts, scored: Scored) -> None:
     flat = replace(scored, advantages=torch.zeros_like(scored.advantages))
-    assert not gradient(methods(embedded, None)["cepo"], flat).any()
+    assert not gradient(every(embedded)["cepo"], flat).any()
 
 
 def test_without_lambda_every_method_has_the_gradient_of_uniform(embedded: Parts) -> None:
     parts = replace(embedded, config=small(credit={"lam": 0.0}))
-    found = variance(parts, methods(parts, None), 2)
+    found = variance(parts, methods(parts, None, ["rlsd", "shuffled"])[0], 2)
+    assert len(found) == 5
     assert len({round(of["variance"], 12) for of in found.values()}) == 1
     assert all(of["cosine"] == pytest.approx(1, abs=1e-9) for of in found.values())
     assert all(of["length"] == pytest.approx(1, abs=1e-9) for of in found.values())
 
 
 def test_leakage_reads_every_rollout_and_the_whole_answer_without_a_hint(embedded: Parts, scored: Scored) -> None:
-    uniform, policy, rollouts = methods(embedded, None)["uniform"], embedded.policy, scored.rollouts
+    uniform, policy, rollouts = every(embedded)["uniform"], embedded.policy, scored.rollouts
     answers = [policy.tokenizer(f"{p.answer}<|end|>")["input_ids"] for p in rollouts.problems]
     cue = policy.tokenizer("#")["input_ids"]
     logits = response_logits(policy, [prompt + cue for prompt in rollouts.prompts], answers)
@@ -138,10 +156,10 @@ def test_a_slip_is_found_at_its_token_and_its_rivals_are_the_other_results() -> 
     batch = by_hand(parts, [RIGHT, late, lone, "12:3;92:3;12:3#334"], [1.0, -1.0, -1.0, -1.0])
     tokens = result_tokens(parts, late, batch.rollouts.responses[1])
     assert [(late[t], k) for t, k, _ in tokens] == list(zip("12117712", [0, 0, 1, 1, 2, 3, 3, 3], strict=True))
-    found, elsewhere = slips(parts, observe(methods(parts, None), batch))
+    found, elsewhere = slips(parts, observe(every(parts), batch))
     assert elsewhere == 2  # one states nothing, one goes wrong first in a digit that is no result
     praised = replace(batch, advantages=-batch.advantages)
-    assert slips(parts, observe(methods(parts, None), praised)) == ([], 0)  # wrong, but better than its group
+    assert slips(parts, observe(every(parts), praised)) == ([], 0)  # wrong, but better than its group
     (slip,) = found
     assert (slip.problem, slip.step, slip.index, slip.own) == (0, 2, 3, True)
     assert all(values.shape == (8,) for values in slip.scores.values())
@@ -159,7 +177,7 @@ def test_tokens_of_several_characters_are_placed_by_their_text() -> None:
 def test_scores_are_those_of_the_tokens_they_are_shown_for() -> None:
     parts = replace(load_parts(small()), policy=tiny_policy())
     batch = by_hand(parts, [RIGHT, "75:12;38:11;42:7#712", OTHER, OTHER], [1.0, -1.0, 0.0, 0.0])
-    (slip,), _ = slips(parts, observe(methods(parts, None), batch))
+    (slip,), _ = slips(parts, observe(every(parts), batch))
     response = batch.rollouts.responses[1]
 
     def logprobs(prompt: str) -> torch.Tensor:
@@ -177,39 +195,85 @@ def test_scores_are_those_of_the_tokens_they_are_shown_for() -> None:
         torch.testing.assert_close(slip.scores[f"{name}: weight"], weight, rtol=1e-4, atol=1e-4)
 
 
+def test_values_and_divergences_are_those_of_the_tokens_they_are_shown_for() -> None:
+    parts = replace(load_parts(small()), policy=tiny_policy())
+    batch = by_hand(parts, [RIGHT, "75:12;38:11;42:7#712", OTHER, OTHER], [1.0, -1.0, 0.0, 0.0])
+    (slip,), _ = slips(parts, observe(every(parts), batch))
+    response, places = batch.rollouts.responses[1], [3, 4, 9, 10, 15, 17, 18, 19]
+    tokens = parts.policy.tokenizer
+
+    def rows(prompt: str, start: int = len(response), rest: str = "") -> torch.Tensor:
+        ids = tokens(f"<|user|>{prompt}<|assistant|>")["input_ids"]
+        tail = response[:start] + (tokens(rest)["input_ids"] if rest else [])
+        return response_logits(parts.policy, [ids], [tail]).detach().log_softmax(-1)
+
+    student, hint = rows("437+285")[places], "437+285\nHint: a{} {}."
+    solved, sibling = (rows(hint.format(*told, RIGHT))[places] for told in ([" solution is"], ["nother attempt was"]))
+    forward, reverse = ((p.exp() * (p - q)).sum(-1) for p, q in ((solved, student), (student, sibling)))
+    torch.testing.assert_close(slip.scores["opsd: divergence"], forward, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(slip.scores["sdpo: divergence"], reverse, rtol=1e-3, atol=1e-6)
+
+    starts, answer = [0, 6, 12], [*tokens("722<|end|>")["input_ids"]]
+    scored = [rows("437+285", t, "#722<|end|>")[t + 1 :] for t in starts]
+    v = torch.stack([at[range(len(answer)), answer].sum().exp() for at in scored])
+    segments = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2])
+    torch.testing.assert_close(slip.scores["rredcot: return_to_go"], v[segments], rtol=1e-3, atol=0)
+    fall = v - torch.cat([v[1:], torch.zeros(1)])
+    torch.testing.assert_close(slip.scores["rredcot: difference"], fall[segments], rtol=1e-3, atol=0)
+
+
+def test_each_method_leaves_other_rollouts_out() -> None:
+    config = small(advantage={"name": "rl2ml", "alpha": 1.0, "baseline": "none"})
+    parts = replace(load_parts(config), policy=tiny_policy(), config=config)
+    some = by_hand(parts, [RIGHT, "75:12;38:11;42:7#712", "1", "1"], [1.0, 0.0, 0.0, 0.0])
+    some = replace(some, of=config.advantage)
+    shown = shares(every(parts), [observe(every(parts), some)])
+    idle = {label: (of["idle_groups"], of["idle_rollouts"]) for label, of in shown["methods"].items()}
+    assert idle["uniform"] == idle["cepo"] == (0.5, 0.75)  # nothing is learnt from failures
+    assert idle["grpo"] == idle["maxrl"] == idle["rl2ml, alpha auto"] == (0.5, 0.5)
+    assert idle["opsd"] == idle["rredcot"] == (0.0, 0.0)
+    assert idle["sdpo"] == (0.5, 0.75)  # one has a sibling that succeeded, none of the others feedback
+    assert "shuffled" not in idle
+
+
 def test_r_minus_is_told_apart_from_the_answers_of_others() -> None:
     parts = replace(load_parts(small()), policy=tiny_policy())
     first, second = "75:12;38:11;42:7#712", "75:12;38:12;42:6#622"
     batch = by_hand(parts, [first, second, OTHER, "12:3;12:3;12:4#433"], [-1.0, -1.0, 0.0, 0.0])
-    observed = observe(methods(parts, None), replace(batch, scores=[0.0, 0.0, 1.0, None]))  # the last is not scored
+    observed = observe(every(parts), replace(batch, scores=[0.0, 0.0, 1.0, None]))  # the last is not scored
     found, _ = slips(parts, observed)
     assert [slip.own for slip in found] == [True, False]  # of equal rewards the first rollout's answer is r-
-    shown = shares(methods(parts, None), [observed])
+    shown = shares(every(parts), [observed])
     assert shown["r_minus_is_own"] == 0.5
     assert shown["zero_variance"] == 0.5
     assert shown["no_r_minus"] == 0.0
     weights = torch.cat([values["weight"] for values in observed.readings["rlsd"]])
-    assert shown["at_clip: rlsd"] == pytest.approx(
+    of_each = shown["methods"]
+    assert of_each["rlsd"]["at_clip"] == pytest.approx(
         ((weights == 0.8) | (weights == 1.2)).float().mean().item(), abs=0.02
     )
-    assert 0 < shown["at_clip: rlsd"] <= 1
-    assert "at_clip: uniform" not in shown
+    assert 0 < of_each["rlsd"]["at_clip"] <= 1
+    assert of_each["uniform"]["at_clip"] is None
 
 
 def test_success_and_r_minus_go_by_the_task_whatever_the_reward(scored: Scored) -> None:
     parts = load_parts(small(reward={"name": "self_certainty"}, advantage={"name": "dr_grpo"}))
-    found = collect(parts, problems_of(parts, 6), (0, 1))
+    found = collect(parts, problems_of(parts, 5), (0, 5))
     assert found.rollouts.completions == scored.rollouts.completions
     assert found.scores == scored.scores == scored.rewards
     assert found.rewards != found.scores
-    by_task, by_reward = (batch_of(methods(parts, None)["cepo"], one).teachers for one in (scored, found))
+    some, without = methods(parts, None)
+    assert without.keys() == {"rredcot", "maxrl", *(label for label in OTHERS if "rl2ml" in label)}
+    assert "expected verifier or a function" in without["rredcot"]
+    assert "knows nothing of" in without["maxrl"]
+    by_task, by_reward = (batch_of(some["cepo"], one).teachers for one in (scored, found))
     assert by_task == by_reward
 
 
 def test_an_advantage_that_adapts_stays_as_it_starts() -> None:
     parts = load_parts(small(advantage={"name": "rl2ml", "alpha": "auto"}, loss={"average": "constant"}))
     start = parts.adaptive.options()
-    found = variance(parts, methods(parts, None), 2)
+    found = variance(parts, methods(parts, None, [])[0], 2)
     assert found["cepo"]["variance"] > 0
     assert parts.adaptive.options() == start
 
@@ -224,6 +288,8 @@ def test_ranking_by_hand() -> None:
     }
     found = rank([Slip(p, 2, p == 0, 2, scores) for p in range(2)])
     assert " | ".join(found) == "all | rivals earlier | rivals later | rivals uncertain | result 2 | r- other | r- own"
+    short = rank([Slip(0, 2, None, 2, {k: v for k, v in scores.items() if k != "late"}), Slip(1, 2, None, 2, scores)])
+    assert [short["all"][name]["auroc"].n for name in ("good", "late")] == [2, 1]
     assert [found[name]["good"]["auroc"].n for name in ("all", "r- own", "r- other")] == [2, 1, 1]
 
     def means(name: str, key: str) -> list[float]:
@@ -240,7 +306,7 @@ def test_ranking_by_hand() -> None:
 @pytest.mark.slow
 def test_on_the_embedded_model_evidence_at_the_slips_passes_its_gate_and_ranks_them() -> None:
     parts = load_parts(small(prompts=16, eval={"problems": 96}))
-    observed = [observe(methods(parts, None), scored) for scored in collect_held_out(parts)]
+    observed = [observe(every(parts), scored) for scored in collect_held_out(parts)]
     found = [slip for one in observed for slip in slips(parts, one)[0]]
     assert {slip.problem for slip in found} <= set(range(96))
     for step in (2, 3):
@@ -257,9 +323,10 @@ def test_on_the_embedded_model_evidence_at_the_slips_passes_its_gate_and_ranks_t
 def test_a_diagnosis_repeats_and_moves_nothing(embedded: Parts) -> None:
     before = {name: value.clone() for name, value in embedded.policy.model.state_dict().items()}
     torch.manual_seed(1)
-    first = diagnose(embedded, FEW)
+    some = replace(FEW, methods=["shuffled", "rredcot", "rl2ml", "sdpo"])
+    first = diagnose(embedded, some)
     torch.manual_seed(2)
-    second = diagnose(embedded, FEW)
+    second = diagnose(embedded, some)
     assert json.dumps(first, default=asdict) == json.dumps(second, default=asdict)
     assert all(torch.equal(value, before[name]) for name, value in embedded.policy.model.state_dict().items())
     assert first["problems"] == 4
@@ -274,6 +341,7 @@ def test_what_a_task_cannot_tell_is_said_in_a_line() -> None:
     for words in (
         "not known: task addition does not say where a completion goes wrong",
         "not asked for (diagnose.batches 0)",
+        "without opsd: loss.name: opsd needs a worked solution",
     ):
         assert sum(words in line for line in shown) == 1
 
@@ -294,7 +362,7 @@ def test_a_model_that_is_never_wrong_or_never_right_is_no_error() -> None:
     assert report["ranking"]["slips"] == 0
     assert report["shares"]["zero_variance"] == 1.0
     assert [report["gradient"]["cepo"][key] for key in ("noise_ratio", "resolved", "cosine", "length")] == 4 * [None]
-    assert text(report).splitlines()[-1].split() == ["uniform", "-", "-", "-", "-"]
+    assert ["uniform", "-", "-", "-", "-"] in [line.split() for line in text(report).splitlines()]
 
 
 QUICK = ["--rollout.prompts", "8", "--rollout.group_size", "4", "--diagnose.problems", "4", "--diagnose.batches", "2"]
@@ -307,7 +375,10 @@ def test_the_command_shows_a_run_from_its_base_through_its_checkpoints(
     training = ["--train.steps", "2", "--checkpoint.every", "1", "--eval.problems", "4", "--run_dir", "run"]
     assert main(["train", *training, *QUICK[:4]]) == 0
     capsys.readouterr()
-    assert main(["diagnose", "--policy.model", "run", "--out", "found.json", *QUICK[4:]]) == 0
+    assert (
+        main(["diagnose", "--policy.model", "run", "--out", "found.json", *QUICK[4:], "--diagnose.methods", "[sdpo]"])
+        == 0
+    )
     shown = capsys.readouterr().out
     for words in (
         "run on addition: 4 problems of validation x 4 rollouts",
@@ -322,10 +393,25 @@ def test_the_command_shows_a_run_from_its_base_through_its_checkpoints(
     rows = [found["leakage"][name]["answer_logprob"]["mean"] for name in found["leakage"]]
     assert len(set(rows)) == 3
     last = load_parts(small(8, policy={"model": str(checkpoint.newest(Path("run")))}, eval={"problems": 4}))
-    expected = leakage(methods(last, None)["uniform"], list(collect_held_out(last)))
+    expected = leakage(every(last)["uniform"], list(collect_held_out(last)))
     assert found["leakage"]["step 2"] == asdict_of(expected)
     assert {p["n"] for p in found["ranking"]["sets"]["all"]["entropy"].values()} == {found["ranking"]["slips"]}
-    assert set(found["gradient"]) == {"cepo", "cepo, own r-", "rlsd", "shuffled", "uniform"}
+    assert set(found["gradient"]) == {"cepo", "cepo, own r-", "uniform", "sdpo"}
+
+
+def test_a_distillation_is_looked_at_with_its_own_options_and_the_others_as_published(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[str, float | None] = {}
+
+    def told(parts: Parts, *rest: Any) -> None:
+        found, _ = methods(parts, None, ["opsd", "sdpo"], rest[-1])
+        seen.update((label, method.config.loss.beta) for label, method in found.items())
+        raise InputError("enough")
+
+    monkeypatch.setattr(command, "diagnose", told)
+    assert main(["diagnose", "--loss.name", "opsd", "--loss.divergence", "jsd", "--loss.beta", "0.3"]) == 2
+    assert seen == {"cepo": None, "cepo, own r-": None, "uniform": None, "opsd": 0.3, "sdpo": None}
 
 
 def asdict_of(estimates: dict[str, Any]) -> dict[str, Any]:
@@ -341,6 +427,7 @@ def asdict_of(estimates: dict[str, Any]) -> dict[str, Any]:
         (["--out", "nowhere/found.json"], ["--out", "directory that exists", "nowhere"]),
         (["--policy.model", "./nowhere"], ["policy.model", "./nowhere"]),
         (["--diagnose.magic", "1"], ["magic"]),
+        (["--diagnose.methods", "[magic]"], ["diagnose.methods", "rl2ml", "sdpo", "'magic'"]),
     ],
 )
 def test_bad_input_is_one_line(

@@ -271,11 +271,14 @@ class DiagnoseConfig:
         problems: held-out problems, each with a whole group of rollouts, for ranking, leakage and shares.
         batches: batches of training for the variance of the gradient; 0: none.
         eps_w: clip of every method's weights; null: as published for each.
+        methods: members of the axes that are compared, besides uniform and cepo; null: all. Each takes a forward and
+            backward pass of every batch, a teacher its own forward pass, and keeps a gradient the size of the model.
     """
 
     problems: int = 256
     batches: int = 64
     eps_w: float | None = None
+    methods: list[str] | None = None
 
     def check(self) -> DiagnoseConfig:
         require(self.problems >= 1, "diagnose.problems", "at least 1", self.problems)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cepo import axes, teacher
-from cepo.config import CreditConfig
+from cepo import distil, teacher
+from cepo.config import AdvantageConfig
 from cepo.metrics import Clock
 from cepo.parts import Parts, held_out, judge, roll_out, score
 from cepo.rewards import is_success
 from cepo.rollout import Rollouts
 from cepo.tasks import Problem
-from cepo.update import Batch, make_batch, passes_of, policy_loss
+from cepo.update import Batch, credit_ahead, distillation_loss, make_batch, passes_of, policy_loss
 
 Reading = dict[str, Tensor]
 
@@ -30,6 +31,13 @@ class Scored:
     advantages: Tensor
     first: int = 0
     """Number of its first problem among all that are looked at."""
+    of: AdvantageConfig | None = None
+    """Which the advantages are; None: given, for every method."""
+
+    @property
+    def rewards_PG(self) -> Tensor:
+        rewards = torch.tensor([float("nan") if r is None else r for r in self.rewards])
+        return rewards.view(-1, self.rollouts.group_size)
 
     def problem_of_rollouts(self) -> Tensor:
         """(B,) int64, the numbers of their problems."""
@@ -42,9 +50,9 @@ def collect(parts: Parts, problems: Sequence[Problem], key: tuple[int, int]) -> 
     adapted = parts.adaptive.options() if parts.adaptive else {}
     rollouts = roll_out(parts, problems, key)
     rewards = score(parts, rollouts)
-    rewards_PG = torch.tensor([float("nan") if r is None else r for r in rewards]).view(len(problems), -1)
     scores = rewards if parts.config.reward.name == "verifier" else judge(parts, rollouts)
-    return Scored(rollouts, rewards, scores, parts.advantage(rewards_PG, **adapted).flatten())
+    scored = Scored(rollouts, rewards, scores, torch.empty(0), of=parts.config.advantage)
+    return replace(scored, advantages=parts.advantage(scored.rewards_PG, **adapted).flatten())
 
 
 def collect_held_out(parts: Parts) -> Iterator[Scored]:
@@ -54,39 +62,22 @@ def collect_held_out(parts: Parts) -> Iterator[Scored]:
         yield replace(collect(parts, problems[i : i + size], (parts.config.eval.seed, i)), first=i)
 
 
-def methods(parts: Parts, eps_w: float | None) -> dict[str, Parts]:
-    """`parts` with each credit that asks at most the two teachers; with either kind of r- where it is read at once."""
-    found: dict[str, Parts] = {}
-    for name in axes.members("credit"):
-        module = axes.module("credit", name)
-        ahead = getattr(module, "token_advantages", None)
-        if ahead and not module.TEACHERS:  # by passes of its own
-            continue
-        credit = CreditConfig(name, parts.config.credit.lam, eps_w=eps_w)
-        credit.check()
-        for negative in ("group", "own") if "negative" in module.TEACHERS and not ahead else ("group",):
-            told = replace(parts.config.teacher, negative=negative)
-            config = replace(parts.config, credit=credit, teacher=told)
-            label = name if negative == "group" else f"{name}, own r-"
-            found[label] = replace(
-                parts,
-                config=config,
-                credit=axes.lookup("credit", name),
-                teachers=module.TEACHERS,
-                needs_zero_a_rows=module.NEEDS_ZERO_A_ROWS,
-                token_advantages=ahead,
-            )
-    return found
-
-
-def batch_of(parts: Parts, scored: Scored) -> Batch:
-    """What an update by the method of `parts` would learn from."""
-    config, teachers = parts.config, None
+def batch_of(parts: Parts, scored: Scored, step: int = 1) -> Batch:
+    """What an update by the method of `parts` would learn from in a step."""
+    config, advantages, success = parts.config, scored.advantages, successes(parts, scored).tolist()
+    if scored.of not in (None, config.advantage):
+        adapted = parts.adaptive.options() if parts.adaptive else {}
+        advantages = parts.advantage(scored.rewards_PG, **adapted).flatten()
+    teachers = contexts = None
+    told = parts.policy, config.teacher
     if parts.teachers:
-        teachers = teacher.build(
-            parts.policy, config.teacher, parts.task, scored.rollouts, scored.scores, config.reward.success_threshold
-        )
-    return make_batch(parts, scored.rollouts, scored.advantages, teachers, config.credit.lam)
+        threshold = config.reward.success_threshold
+        teachers = teacher.build(*told, parts.task, scored.rollouts, scored.scores, threshold)
+    if parts.distillation:
+        contexts = distil.build(*told, parts.distillation.TEACHER_CONTEXT, parts.task, scored.rollouts, success).ids
+    batch = make_batch(parts, scored.rollouts, advantages, teachers, config.credit.lam, contexts)
+    outcomes = scored.rewards if config.reward.is_function else scored.scores
+    return credit_ahead(parts, batch, outcomes, success, step, Clock(parts.policy.device))
 
 
 def successes(parts: Parts, scored: Scored) -> Tensor:
@@ -94,28 +85,34 @@ def successes(parts: Parts, scored: Scored) -> Tensor:
     return torch.tensor([is_success(score, parts.config.reward.success_threshold) for score in scored.scores])
 
 
-def reads(batch: Batch) -> Tensor:
-    """Rollouts that an update reads for credit, (B,) bool."""
-    return (batch.advantages != 0) & (batch.weights > 0)
-
-
-def read(parts: Parts, batch: Batch, chosen: Tensor, *, backward: bool = False) -> list[Reading]:
+def read(parts: Parts, batch: Batch, chosen: Tensor, *, backward: bool = False) -> dict[int, Reading]:
     """Take the chosen rollouts, (B,) bool, through the passes of an update by the method of `parts`.
 
-    Returns logprobs, entropy, evidence and weight of each chosen rollout, those which the method has, (T,) each. With
-    `backward` the loss' gradient is added to that of the model.
+    Returns logprobs, entropy, evidence, weight and divergence of each chosen rollout, those which the method has, (T,)
+    each. With `backward` the loss' gradient is added to that of the model.
     """
-    readings: list[Reading] = []
+    one_pass: Callable[..., Any] = distillation_loss if parts.distillation else policy_loss
+    readings: dict[int, Reading] = {}
     for rows in passes_of(parts, chosen):
         with torch.set_grad_enabled(backward):
-            result = policy_loss(parts, batch, rows, None, Clock(parts.policy.device))
+            result = one_pass(parts, batch, rows, None, Clock(parts.policy.device))
         if backward:
             result.loss.backward()
-        packed = {name: getattr(result.credit, name) for name in ("logprobs", "entropy", "evidence", "weight")}
+        names = ("logprobs", "entropy", "evidence", "weight", "divergence")
+        packed = {name: getattr(result.credit, name, None) for name in names}
         lengths = [len(ids) for ids in batch.responses(rows)]
         pieces = {name: x.detach().cpu().split(lengths) for name, x in packed.items() if x is not None}
-        readings += [{name: of[i] for name, of in pieces.items()} for i in range(len(rows))]
+        readings |= {b: {name: of[i] for name, of in pieces.items()} for i, b in enumerate(rows)}
     return readings
+
+
+def ahead(batch: Batch) -> list[Reading]:
+    """The token advantages, and what is recorded beside them, of every rollout of a batch whose credit is ahead."""
+    assert batch.ahead is not None
+    lengths = [len(ids) for ids in batch.rollouts.responses]
+    packed = {"advantages": batch.ahead.advantages, **batch.ahead.tokens}
+    pieces = {name: x.split(lengths) for name, x in packed.items()}
+    return [{name: of[i] for name, of in pieces.items()} for i in range(len(lengths))]
 
 
 @dataclass(frozen=True)
@@ -127,12 +124,20 @@ class Observed:
     rows: list[int]
     """The R rollouts that an update reads."""
     readings: dict[str, list[Reading]]
-    """(R,) under each method."""
+    """(R,) under each method that tells tokens apart, and under `uniform`; empty for a rollout it leaves out."""
 
 
 def observe(methods: dict[str, Parts], scored: Scored) -> Observed:
-    """Read a batch under every method whose credit is made where it is read."""
-    batches = {label: batch_of(method, scored) for label, method in methods.items() if not method.token_advantages}
-    chosen = reads(batches["uniform"])
-    readings = {label: read(methods[label], batch, chosen) for label, batch in batches.items()}
-    return Observed(scored, batches, chosen.nonzero().flatten().tolist(), readings)
+    """Read a batch under every method but `shuffled`, the control, which knows no token."""
+    seen = {label: method for label, method in methods.items() if not (method.token_advantages and method.teachers)}
+    batches = {label: batch_of(method, scored) for label, method in seen.items()}
+    chosen = batches["uniform"].active()
+    rows, readings = chosen.nonzero().flatten().tolist(), {}
+    for label, method in seen.items():
+        if method.token_advantages:
+            found = ahead(batches[label])
+            readings[label] = [found[b] for b in rows]
+        elif method.teachers or method.distillation or label == "uniform":
+            read_of = read(method, batches[label], chosen & batches[label].active())
+            readings[label] = [read_of.get(b, {}) for b in rows]
+    return Observed(scored, batches, rows, readings)

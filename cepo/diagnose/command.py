@@ -25,7 +25,8 @@ def run(
     """
     if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
         raise InputError(f"--out: expected a file in a directory that exists, got {out!r}")
-    if config.loss.distils:  # which has no credit: another loss is asked what credit would be
+    distillation = config.loss if config.loss.distils else None
+    if distillation:  # which has no credit: another loss is asked what credit would be
         config = replace(config, loss=LossConfig()).check()
     others, name = {}, "model"
     parts = load_parts(config)
@@ -36,7 +37,7 @@ def run(
         others |= {_step(path): partial(load_parts, config, str(path)) for path in earlier}
         name = _step(last)
     with threads(parts.policy, config.policy.threads):
-        report = diagnose(parts, options, name, others)
+        report = diagnose(parts, options, name, others, distillation)
     if out is not None:
         with checkpoint.replacing(Path(out)) as temporary:
             temporary.write_text(json.dumps(report, default=asdict, indent=1) + "\n")

@@ -9,22 +9,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cepo.diagnose.batches import Scored, batch_of, collect, read, reads, successes
+from cepo.diagnose.batches import Scored, batch_of, collect, read
 from cepo.diagnose.statistics import GradientMoments, dot
-from cepo.metrics import Clock
 from cepo.parts import Parts, problems_of
-from cepo.update import credit_ahead
+from cepo.trainer import squared_scores
 
 
 def gradient(parts: Parts, scored: Scored, step: int = 1) -> Tensor:
-    """The gradient, (D,), of an update by the method of `parts`; the model keeps none."""
-    model, success = parts.policy.model, successes(parts, scored).tolist()
+    """The gradient, (D,), of an update by the method of `parts`; the model keeps none.
+
+    An advantage that adapts to earlier steps is shown this one, as training would.
+    """
+    model, rollouts = parts.policy.model, scored.rollouts
     model.zero_grad()
-    clock = Clock(parts.policy.device)
-    batch = credit_ahead(parts, batch_of(parts, scored), scored.rewards, success, step, clock)
-    read(parts, batch, reads(batch), backward=True)
+    batch = batch_of(parts, scored, step)
+    readings = read(parts, batch, batch.active(), backward=True)
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters() if p.requires_grad]
     model.zero_grad()
+    if parts.adaptive and parts.config.advantage != scored.of:
+        unread = [torch.full((len(ids),), float("nan")) for ids in rollouts.responses]
+        logprobs = [readings[b]["logprobs"] if b in readings else row for b, row in enumerate(unread)]
+        squared = squared_scores(rollouts, {"logprobs": torch.cat(logprobs)})
+        parts.adaptive.observe(scored.rewards_PG, squared.view_as(scored.rewards_PG))
     return torch.cat([g.flatten() for g in found])
 
 

@@ -60,4 +60,4 @@ def _read_all(uniform: Parts, rollouts: Rollouts) -> list[Reading]:
     some = torch.ones(len(rollouts.responses))
     unscored: list[float | None] = [None] * some.numel()
     batch = batch_of(uniform, Scored(rollouts, unscored, unscored, some))
-    return read(uniform, batch, some > 0)
+    return list(read(uniform, batch, some > 0).values())

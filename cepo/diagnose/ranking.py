@@ -89,20 +89,25 @@ def slips(parts: Parts, observed: Observed) -> tuple[list[Slip], int]:
             elsewhere += 1
             continue
         places = torch.tensor([t for t, _, _ in tokens])
-        scores = blame({label: readings[i] for label, readings in observed.readings.items()})
+        scores = blame(parts, {label: readings[i] for label, readings in observed.readings.items()})
         picked = {name: values[places] for name, values in scores.items()}
         own = answer_is_r_minus(parts, observed.batches["cepo"].teachers, rollouts, b)
         found.append(Slip(int(problem[b]), tokens[index][1] + 1, own, index, picked))
     return found, elsewhere
 
 
-def blame(readings: dict[str, Reading]) -> dict[str, Tensor]:
+def blame(parts: Parts, readings: dict[str, Reading]) -> dict[str, Tensor]:
     """What each method's reading of a wrong rollout, and the policy's own, holds against each token: (T,) each."""
     scores: dict[str, Tensor] = {}
     for label, values in readings.items():
         if "evidence" in values:
             scores |= {f"{label}: evidence": -values["evidence"], f"{label}: weight": values["weight"]}
-    policy = next(iter(readings.values()))
+        if "divergence" in values:
+            scores[f"{label}: divergence"] = values["divergence"]
+        if "segment_reward" in values and not values["segment_reward"].isnan().any():
+            scores |= {f"{label}: {parts.config.rredcot.mode}": -values["advantages"],
+                       f"{label}: difference": -values["segment_reward"]}  # fmt: skip
+    policy = readings["uniform"]
     entropy = policy["entropy"]
     return {**scores, "entropy": entropy, "surprisal": -policy["logprobs"], "chance": torch.zeros_like(entropy)}
 
@@ -133,16 +138,19 @@ def rank(found: Sequence[Slip]) -> dict[str, dict[str, dict[str, Estimate | None
 
 def _rank(found: Sequence[Slip], name: str) -> dict[str, dict[str, Estimate | None]]:
     compared = [(slip, mask) for slip in found if (mask := slip.compared(name)).sum() > 1]
-    problems = torch.tensor([slip.problem for slip, _ in compared])
     table: dict[str, dict[str, Estimate | None]] = {}
-    for score in compared[0][0].scores if compared else ():
-        areas, tops = [], []
+    for score in dict.fromkeys(score for slip, _ in compared for score in slip.scores):
+        areas, tops, problems = [], [], []
         for slip, mask in compared:
+            if score not in slip.scores:
+                continue
             values, index = slip.scores[score], slip.index
             rivals = mask & (torch.arange(mask.numel()) != index)
             areas.append(auroc(values[index : index + 1], values[rivals]))
             tops.append(top_share(values[mask], int(mask[:index].sum())))
-        table[score] = {"auroc": estimate(torch.tensor(areas), problems), "top": estimate(torch.tensor(tops), problems)}
+            problems.append(slip.problem)
+        owners = torch.tensor(problems)
+        table[score] = {"auroc": estimate(torch.tensor(areas), owners), "top": estimate(torch.tensor(tops), owners)}
     return table
 
 

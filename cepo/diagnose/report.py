@@ -19,6 +19,7 @@ def text(report: dict[str, Any]) -> str:
         f"{options['group_size']} rollouts at T = {options['temperature']:g}; eps_w "
         + ", ".join(f"{name} {eps_w:g}" for name, eps_w in report["eps_w"].items()),
         "+- is half of a 95 % interval, resampled over problems, and 0 where all of them agree",
+        *(f"without {label}: {why}" for label, why in report["without"].items()),
         *_ranking(report["ranking"], report["task"]),
         *_leakage(report["leakage"]),
         *_shares(report["shares"]),
@@ -44,7 +45,8 @@ def _ranking(found: dict[str, Any] | None, task: str) -> list[str]:
     for key, meaning in wanted.items() if found["slips"] else ():
         heads = [[*name.rpartition(" ")[::2], f"n {_any(table)[key].n}"] for name, table in found["sets"].items()]
         rows = [
-            [score, *(_pm(table[score][key]) for table in found["sets"].values())] for score in found["sets"]["all"]
+            [score, *(_pm(table[score][key]) if score in table else "-" for table in found["sets"].values())]
+            for score in found["sets"]["all"]
         ]
         lines += [f"\n  {meaning}", *_table([["", "", ""], *heads], rows)]
     return lines
@@ -63,17 +65,20 @@ def _leakage(rows: dict[str, Any]) -> list[str]:
     return [*lines, *(f"  {label}: {row}" for label, row in rows.items() if isinstance(row, str))]
 
 
-def _shares(found: dict[str, float | None]) -> list[str]:
+def _shares(found: dict[str, Any]) -> list[str]:
     meaning = {
         "zero_variance": "groups without variance",
         "r_minus_is_own": "wrong rollouts whose answer is their group's r-",
         "no_r_minus": "wrong rollouts without an r-",
     }
-    lines = ["\nShares"]
-    for name, value in found.items():
-        label = meaning.get(name, f"weights at the clip, {name.partition(': ')[2]}")
-        lines.append(f"  {label:50}{'none' if value is None else f'{value:.3f}'}")
-    return lines
+    lines = ["\nShares", *(f"  {label:50}{_share(found[name])}" for name, label in meaning.items())]
+    heads = [["", ""], ["groups", "idle"], ["rollouts", "idle"], ["weights", "at clip"]]
+    rows = [[label, *map(_share, of.values())] for label, of in found["methods"].items()]
+    return [*lines, "", "  idle: without a gradient, as it stands", *_table(heads, rows)]
+
+
+def _share(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
 
 
 def _gradient(found: dict[str, dict[str, Any]] | None, options: dict[str, Any]) -> list[str]:
