@@ -163,8 +163,12 @@ def _parser_of_configs(command: str) -> _Parser:
 
 
 def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
-    """The checked config of a command line, and what else was given. Raises InputError."""
+    """The checked config of a command line, and what else was given. Raises InputError.
+
+    `train` refuses what would have no effect; of a run that is resumed, `_check_resumed` does.
+    """
     from cepo.config import Config
+    from cepo.config.effects import require_effect
 
     parser = _parser_of_configs(command)
     arguments = list(arguments)
@@ -186,7 +190,10 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
         raise InputError(f"options: expected a value or YAML file for each, got {one_line(error)}") from error
     if command == "train" and parsed.resume != (resume[-1] if resume else None):
         raise InputError(f"--resume: expected on the command line, not in a config, got {parsed.resume!r}")
-    return Config(**{field.name: parsed[field.name] for field in fields(Config)}).check(), parsed
+    config = Config(**{field.name: parsed[field.name] for field in fields(Config)}).check()
+    if command == "train" and not resume:
+        require_effect(config)
+    return config, parsed
 
 
 def _values(arguments: Sequence[str], name: str) -> list[str]:
@@ -300,8 +307,9 @@ def _train_in(many: Alone, arguments: list[str]) -> int:
 def _check_resumed(config: Config, run: Path, done: int) -> None:
     """Raise InputError for an option that a resumed run would not heed."""
     from cepo import checkpoint
+    from cepo.config.effects import require_effect
 
-    own, _ = parse("train", ["--config", str(run / checkpoint.CONFIG)])
+    own, _ = parse("eval", ["--config", str(run / checkpoint.CONFIG)])
     for name, got, kept in (
         ("policy.model", config.policy.model, own.policy.model),
         ("policy.gguf_file", config.policy.gguf_file, own.policy.gguf_file),
@@ -309,6 +317,7 @@ def _check_resumed(config: Config, run: Path, done: int) -> None:
     ):
         if got != kept:
             raise InputError(f"--{name}: a resumed run keeps its own, expected {kept!r} or nothing, got {got!r}")
+    require_effect(config, kept=own)
     if config.train.steps < done:
         raise InputError(f"--train.steps: expected at least {done}, which {run} has already, got {config.train.steps}")
 

@@ -22,7 +22,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ import yaml
 from cepo import cli
 from cepo.config import Config
 from cepo.config.checks import check_seed, one_of, require
+from cepo.config.effects import require_effect
 from cepo.errors import InputError, one_line
 
 BASE = "base"
@@ -263,7 +264,7 @@ def _configs(content: dict[str, Any], tuned: bool) -> dict[tuple[str, str], Conf
             for key in own:
                 section = key.partition(".")[0]
                 require(section not in _SHARED, where, "no section that all methods share", section)
-            configs[task, method] = _config(where, shared | own)
+            configs[task, method] = _config(where, shared | own, own)
     return configs
 
 
@@ -283,9 +284,12 @@ def _flat(where: str, overrides: Any, taken: Mapping[str, str]) -> dict[str, str
     return flat
 
 
-def _config(where: str, flat: Mapping[str, str]) -> Config:
+def _config(where: str, flat: Mapping[str, str], own: Collection[str] = ()) -> Config:
+    """`own`: options that have to have an effect; what is shared may be there for other methods."""
     try:
-        return cli.parse("train", [f"--{key}={value}" for key, value in flat.items()])[0]
+        config, _ = cli.parse("eval", [f"--{key}={value}" for key, value in flat.items()])
+        require_effect(config, among=own)
+        return config
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
