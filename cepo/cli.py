@@ -7,7 +7,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -165,7 +165,8 @@ def _parser_of_configs(command: str) -> _Parser:
 def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
     """The checked config of a command line, and what else was given. Raises InputError.
 
-    `train` refuses what would have no effect; of a run that is resumed, `_check_resumed` does.
+    `train` refuses options without an effect. Those of a file have theirs under its own method, which the command line
+    may replace; a run that is resumed keeps what it was told.
     """
     from cepo.config import Config
     from cepo.config.effects import require_effect
@@ -191,8 +192,14 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
     if command == "train" and parsed.resume != (resume[-1] if resume else None):
         raise InputError(f"--resume: expected on the command line, not in a config, got {parsed.resume!r}")
     config = Config(**{field.name: parsed[field.name] for field in fields(Config)}).check()
-    if command == "train" and not resume:
-        require_effect(config)
+    if command == "train":
+        kept = None
+        if files := [f"--config={path}" for path in _values(arguments, "--config")]:
+            with suppress(InputError):  # what is missing may be on the command line
+                kept, _ = parse("eval", files)
+        if kept and not resume:
+            require_effect(kept)
+        require_effect(config, kept)
     return config, parsed
 
 
@@ -307,7 +314,6 @@ def _train_in(many: Alone, arguments: list[str]) -> int:
 def _check_resumed(config: Config, run: Path, done: int) -> None:
     """Raise InputError for an option that a resumed run would not heed."""
     from cepo import checkpoint
-    from cepo.config.effects import require_effect
 
     own, _ = parse("eval", ["--config", str(run / checkpoint.CONFIG)])
     for name, got, kept in (
@@ -317,7 +323,6 @@ def _check_resumed(config: Config, run: Path, done: int) -> None:
     ):
         if got != kept:
             raise InputError(f"--{name}: a resumed run keeps its own, expected {kept!r} or nothing, got {got!r}")
-    require_effect(config, kept=own)
     if config.train.steps < done:
         raise InputError(f"--train.steps: expected at least {done}, which {run} has already, got {config.train.steps}")
 

@@ -78,13 +78,29 @@ def test_a_default_is_never_refused_nor_what_check_made_of_it(method: str) -> No
     require_effect(made(method).check())
 
 
+def test_what_a_file_says_has_its_effect_under_its_own_method_which_the_command_line_may_replace(
+    tmp_path: Path,
+) -> None:
+    told = ["--config", str(tmp_path / "mine.yaml"), "--credit.name=uniform"]
+    (tmp_path / "mine.yaml").write_text("credit: {name: cepo, lam: 0.3, eps_w: 0.4}")
+    assert cli.parse("train", told)[0].credit.name == "uniform"
+    with pytest.raises(InputError, match=r"credit\.lam: .* got 0\.2"):
+        cli.parse("train", [*told, "--credit.lam=0.2"])
+    (tmp_path / "mine.yaml").write_text("rredcot: {centre: others}")
+    with pytest.raises(InputError, match=r"rredcot\.centre: .* no effect with credit\.name cepo"):
+        cli.parse("train", [*told, "--credit.name=rredcot"])
+    (tmp_path / "mine.yaml").write_text("advantage: {alpha: 0.5}")  # nothing by itself
+    assert cli.parse("train", [*told, "--advantage.name=rl2ml"])[0].advantage.alpha == 0.5
+
+
 def test_a_resumed_run_keeps_what_it_was_told_and_takes_no_more_of_it(tmp_path: Path) -> None:
     own = made("credit.name=uniform", "credit.lam=0.3")  # as a run before there was this check
     (tmp_path / "config.yaml").write_text(cli.dump(own))
-    cli._check_resumed(own, tmp_path, 0)
-    more = made("credit.name=uniform", "credit.lam=0.3", "teacher.negative=own")
+    (tmp_path / "checkpoints").mkdir()
+    resume = ["--resume", str(tmp_path)]
+    assert cli.parse("train", resume)[0].credit.lam == 0.3
     with pytest.raises(InputError, match=r"teacher\.negative: expected 'group'"):
-        cli._check_resumed(more, tmp_path, 0)
+        cli.parse("train", [*resume, "--teacher.negative=own"])
 
 
 def test_in_a_plan_what_is_shared_may_be_for_some_methods_alone(tmp_path: Path) -> None:
