@@ -265,7 +265,7 @@ class ReportConfig:
 
 @dataclass
 class DiagnoseConfig:
-    """What `cepo diagnose` looks at.
+    """What `cepo diagnose` looks at; by default that takes the embedded model some minutes of one core.
 
     Args:
         problems: held-out problems, each with a whole group of rollouts, for ranking, leakage and shares.
