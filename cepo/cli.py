@@ -61,7 +61,7 @@ def _plain(message: str) -> str:
     for pattern, said in _SAID:
         if found := re.fullmatch(rf'Parser key "([\w.]+)": {pattern}', text):
             return found.expand(said)
-    return message
+    return re.sub(r"^Group '([\w.]+)' does not accept option '([\w.]+)'", r"\1: has no option \2", message)
 
 
 _UNION = r"Does not validate .*? Subtypes: \[(.*?)\] Errors: .*"
