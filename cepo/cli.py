@@ -61,7 +61,7 @@ def _plain(message: str) -> str:
     for pattern, said in _SAID:
         if found := re.fullmatch(rf'Parser key "([\w.]+)": {pattern}', text):
             return found.expand(said)
-    return message
+    return re.sub(r"^Group '([\w.]+)' does not accept option '([\w.]+)'", r"\1: has no option \2", message)
 
 
 _UNION = r"Does not validate .*? Subtypes: \[(.*?)\] Errors: .*"
@@ -294,11 +294,12 @@ def _train_in(many: Alone, arguments: list[str]) -> int:
         told = many.rank == 0  # the others work in silence
         if told:
             print(f"run directory: {run}{many.described()}", file=sys.stderr)
-        records = trainer.train(parts, run, start)
+        made = trainer.train(parts, run, start)
         try:
             with threads(parts.policy, config.policy.threads):
+                records = many.together("trackers", lambda: trackers.tracked(made, config, run, done) if told else made)
                 if told:
-                    follow(trackers.tracked(records, config, run, done), config.train.steps, done)
+                    follow(records, config.train.steps, done)
                 else:
                     deque(records, maxlen=0)
         except (KeyboardInterrupt, ProcessError) as end:

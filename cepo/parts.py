@@ -79,8 +79,6 @@ def load_parts(config: Config, model: str | None = None, processes: Alone = ALON
     """Look up and load all that `config` names, for one of `processes`; `model` in place of its own if given."""
     task = load_task(config)
     policy = load_policy(config.policy if model is None else replace(config.policy, model=model, gguf_file=None))
-    if processes.sharded and policy.vision:
-        raise InputError("processes.shard: expected false for a model with images, got true")
     if config.train.gradient_checkpointing:
         checkpoint_layers(policy.model)
     _check_backend(config.backend, policy)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -33,8 +34,8 @@ def shard(model: Any, device: torch.device, world: int) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (world,))
-    # Embedding and head, which may be tied, stay with the whole.
-    units: list[Any] = [*decoder_layers(model), model]
+    # Embedding and head, which may be tied, stay with the whole; so does a vision tower, which not every pass needs.
+    units: list[Any] = [*decoder_layers(model.get_decoder()), model]
     for unit in units:
         fully_shard(unit, mesh=mesh)
     for unit, before in zip(units, [model, *units[:-1]], strict=True):
@@ -50,20 +51,33 @@ def shard(model: Any, device: torch.device, world: int) -> None:
     model.reshard()  # which the root does not do by itself, and the optimiser is to get what stays
 
 
-def forward(model: Any, function: Callable[[], T], teacher: Any = None) -> T:
+def forward(model: Any, function: Callable[[], T], teacher: Any = None, shows: bool = False) -> T:
     """`function()`, which takes gradients through layers and head of `model`; what it returns holds the loss.
 
-    teacher: another model, whose head it reads beside that.
+    Args:
+        teacher: another model, whose head it reads beside that.
+        shows: some process has images for `model`, if perhaps not this one, nor in this pass.
     """
     if not is_sharded(model):
         return function()
     setattr(model, _RUNNING, True)
     try:
         with whole(teacher) if teacher not in (None, model) else nullcontext():
-            result: T = getattr(model, _CALL)(function)
+            result: T = getattr(model, _CALL)(partial(_reaching_all, model, function) if shows else function)
     finally:
         setattr(model, _RUNNING, False)
     return result
+
+
+def _reaching_all(model: Any, function: Callable[[], Any]) -> Any:
+    """`function()`, whose loss gives weights beside the decoder a gradient even if it shows no image: of zeros.
+
+    Processes sum the gradients that there are, and have to agree on which.
+    """
+    result = function()
+    decoder = {id(p) for p in model.get_decoder().parameters()}
+    beside = [p.flatten()[0] for p in model.parameters() if p.requires_grad and id(p) not in decoder]
+    return result._replace(loss=result.loss + 0 * torch.stack(beside).sum()) if beside else result
 
 
 @contextmanager

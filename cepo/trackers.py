@@ -26,14 +26,12 @@ def check(names: Iterable[str]) -> None:
             raise InputError(f"log.trackers: {name} is not installed here: pip install {name}")
 
 
-def tracked(records: Iterable[Record], config: Config, run: Path, done: int = 0) -> Iterator[Record]:
+def tracked(records: Iterable[Record], config: Config, run: Path, done: int = 0) -> Iterable[Record]:
     """`records` as they come, each told to the trackers of `config` on its way; the run goes on from step `done`.
 
-    One that cannot be started raises InputError; one that fails later is warned about and told no more.
+    They are started here, before the first record; one that cannot be raises InputError. One that fails later is warned
+    about and told no more.
     """
-    if not config.log.trackers:
-        yield from records
-        return
     trackers: dict[str, Any] = {}
 
     def each(act: str, *told: Any) -> None:
@@ -44,15 +42,22 @@ def tracked(records: Iterable[Record], config: Config, run: Path, done: int = 0)
                 del trackers[name]
                 logger.warning("log.trackers: %s failed and is told no more: %s", name, one_line(error)[:200])
 
+    def telling() -> Iterator[Record]:
+        try:
+            for record in records:
+                values = {k: v for k, v in flat(record).items() if isinstance(v, (int, float)) and k != "step"}
+                each("log", {f"{record['kind']}/{name}": value for name, value in values.items()}, record["step"])
+                yield record
+        finally:
+            each("finish")
+
     try:
         for name in dict.fromkeys(config.log.trackers):
             trackers[name] = _started(name, config, run, done)
-        for record in records:
-            values = {k: v for k, v in flat(record).items() if isinstance(v, (int, float)) and k != "step"}
-            each("log", {f"{record['kind']}/{name}": value for name, value in values.items()}, record["step"])
-            yield record
-    finally:
+    except InputError:
         each("finish")
+        raise
+    return telling() if trackers else records
 
 
 def _started(name: str, config: Config, run: Path, done: int) -> Any:

@@ -241,7 +241,7 @@ def describe(
         "entropy": mean(tokens["entropy"]),
         "zero_variance": None if parts.distillation else mean(flat),
         **({"divergence": mean(tokens.get("divergence", nothing))} if parts.distillation else {}),
-        "lam": batch.lam,
+        "lam": batch.lam if parts.teachers else None,
         "evidence_right": mean(evidence[right]),
         "evidence_wrong": mean(evidence[~right]),
         "weight_clipped": mean(at_clip[~weight.isnan()].float()),

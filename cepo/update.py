@@ -22,6 +22,7 @@ from cepo.policy import divergence_op, loss_op, response_states, token_op
 from cepo.rollout import Rollouts
 from cepo.sharding import broken_weight, forward, is_sharded, norm, whole
 from cepo.teacher import NO_TEACHERS, Teachers, teacher_states
+from cepo.vision import Seen
 from cepo_kernels import ContrastiveLogprobs, PolicyLoss
 
 
@@ -111,7 +112,7 @@ def credit_ahead(
             )
         ahead.advantages[places] = made.advantages.float()
         _scatter(ahead.tokens, _kept(made.tokens), places)
-        ahead.statistics.update(made.statistics)
+        ahead = ahead._replace(statistics=made.statistics, replaces=made.replaces)
     return replace(batch, ahead=ahead)
 
 
@@ -138,6 +139,7 @@ def update(
     passes = passes_for(parts, batch, active)
     one_pass: Callable[..., Any] = distillation_loss if parts.distillation else policy_loss
     teacher = parts.self_teacher and parts.self_teacher.model
+    shows = any(isinstance(ids, Seen) for ids in batch.prompts(active.nonzero().flatten().tolist()))
     behaviour: list[Any] = []
     losses, norms, clipped, skipped, broken = [], [], [torch.zeros(1)], 0, None
 
@@ -145,7 +147,7 @@ def update(
         loss = 0.0
         for number, (rows, acts, of) in enumerate(passes):
             before = None if round_ == 0 else behaviour[number]
-            result = forward(model, partial(one_pass, parts, of, rows, before, clock), teacher)
+            result = forward(model, partial(one_pass, parts, of, rows, before, clock), teacher, shows)
             if round_ == 0:
                 behaviour.append(result.credit)
                 if acts:

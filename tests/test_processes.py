@@ -19,12 +19,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from test_trainer import small
 from tiny import Sums, one_thread, tiny_policy  # noqa: F401
+from tiny_vision import Processor, picture, tiny_qwen3_vl
 
-from cepo import adapters, checkpoint, metrics, trainer
+from cepo import adapters, checkpoint, cli, metrics, trackers, trainer
 from cepo.config import LoraConfig
 from cepo.errors import InputError, ProcessError
 from cepo.parts import Parts, load_parts
+from cepo.policy import make_policy
 from cepo.processes import ALONE, Alone, Launched
+from cepo.prompts import with_images
 from cepo.rewards import cross_model_entropy
 from cepo.tasks import Problem
 
@@ -53,6 +56,15 @@ class Lottery(Sums):
         return "it is odd"
 
 
+class Shown(Lottery):
+    """The same with a picture, of one of two sizes, beside two of three problems."""
+
+    def train(self, index: int, seed: int) -> Problem:
+        problem = super().train(index, seed)
+        shown = with_images(problem.text, [picture(16 + 16 * (index % 2), 16)])
+        return replace(problem, prompt=shown) if index % 3 else problem
+
+
 CASES: dict[str, dict[str, Any]] = {
     "cepo": {"train": {"updates_per_batch": 2, "prompts_per_pass": 1}, "teacher": {"negative": "own"}},
     "auto": {"advantage": {"name": "rl2ml", "alpha": "auto"}, "credit": {"name": "shuffled"}},
@@ -62,8 +74,9 @@ CASES: dict[str, dict[str, Any]] = {
     "opsd": {"loss": {"name": "opsd"}, "policy": {"lora": LoraConfig(r=4)}},  # its teacher shares what does not learn
     "verifier": {"reward": {"name": "cross_model_entropy"}, "teacher": {"share_prefix": False}},
     "certainty": {"reward": {"name": "self_certainty"}},
+    "images": {"train": {"prompts_per_pass": 1}},
 }
-SHARDED = ("cepo", "sdpo", "rredcot", "certainty", "lora", "opsd")
+SHARDED = ("cepo", "sdpo", "rredcot", "certainty", "lora", "opsd", "images")
 
 
 def parts_of(folder: Path, case: str, many: Alone, start: Path | None = None, **sections: Any) -> Parts:
@@ -80,6 +93,9 @@ def parts_of(folder: Path, case: str, many: Alone, start: Path | None = None, **
     )
     config.reward.verifier = config.reward.verifier and str(folder / "model")
     parts = replace(load_parts(config, processes=many), task=Lottery())
+    if case == "images":
+        sees = replace(make_policy(*tiny_qwen3_vl()), eos_ids=parts.policy.eos_ids)
+        parts = replace(parts, policy=sees, task=Shown())
     for model in (parts.policy.model, *([parts.self_teacher.model] if parts.self_teacher else [])):
         model.double()
     if start is not None:
@@ -107,10 +123,15 @@ def trained(folder: Path, run: Path, case: str, many: Alone = ALONE, start: Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "make_batch", spy)
         patch.setattr(cross_model_entropy, "load_policy", in_float64)
+        patch.setattr(Processor, "save_pretrained", lambda self, path: self.tokenizer.save_pretrained(path))
         many.first("folder", lambda: run.mkdir(exist_ok=True))
         records = list(trainer.train(parts_of(folder, case, many, start, **sections), run, start))
     assert records[-1]["step"] == STEPS
     return seen
+
+
+def refuse(*given: Any) -> None:
+    raise InputError("no account")
 
 
 def worker(folder: str, rank: str) -> None:
@@ -128,6 +149,14 @@ def worker(folder: str, rank: str) -> None:
             seen["divided"] = trained(where, run, case, many, first, gradient_checkpointing=True)
             many.sharded = False
         torch.save(seen, where / f"seen-{case}-{rank}.pt")
+
+    with pytest.MonkeyPatch.context() as patch:  # what the first does alone is told to the other all the same
+        patch.setattr(trackers, "check", lambda names: None)
+        patch.setattr(trackers, "_started", refuse)
+        with pytest.raises(InputError, match="^process 0: no account$" if many.rank else "^no account$"):
+            cli._train_in(
+                many, ["--log.trackers", "[wandb]", "--run_dir", str(where / "untold"), "--eval.problems", "1"]
+            )
 
     def fails(error: Exception) -> Any:
         def compute() -> int:

@@ -20,7 +20,16 @@ from transformers import PreTrainedTokenizerFast
 
 from cepo import checkpoint, trainer
 from cepo.cli import main
-from cepo.config import CheckpointConfig, Config, CreditConfig, EvalConfig, ReportConfig, RolloutConfig, TrainConfig
+from cepo.config import (
+    CheckpointConfig,
+    Config,
+    CreditConfig,
+    EvalConfig,
+    LossConfig,
+    ReportConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from cepo.credit import lam_at
 from cepo.errors import InputError
 from cepo.parts import load_parts
@@ -100,18 +109,29 @@ def test_a_step_keeps_the_credit_of_its_update(whole: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("credit", "has", "lacks"),
+    ("method", "by", "lam", "multiplies", "has", "lacks"),
     [
-        ("uniform", {"logprobs", "advantages", "entropy"}, {"weight", "evidence", "positive_logprobs"}),
-        ("rredcot", {"value", "segment_reward", "advantages"}, {"weight"}),
-        ("shuffled", {"weight", "evidence"}, {"positive_logprobs"}),
+        ("uniform", "advantage", None, True, {"logprobs", "entropy"}, {"weight", "evidence", "positive_logprobs"}),
+        ("rredcot", "advantage", None, False, {"value", "segment_reward"}, {"weight", "negative_logprobs"}),
+        ("shuffled", "weight", 0.5, True, {"evidence", "advantages"}, {"positive_logprobs"}),
+        ("opsd", "divergence", None, False, {"logprobs", "entropy"}, {"weight", "advantages", "evidence"}),
     ],
 )
-def test_other_credits_keep_what_they_have(tmp_path: Path, credit: str, has: set[str], lacks: set[str]) -> None:
-    (sample,) = trained(tmp_path / "run", config(credit, steps=1)).values()
-    assert sample.method == credit
+def test_other_methods_keep_and_show_what_they_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, by: str, lam: float | None, multiplies: bool,
+    has: set[str], lacks: set[str],
+) -> None:  # fmt: skip
+    distils = method == "opsd"
+    made = replace(config(steps=1), loss=LossConfig(method)).check() if distils else config(method, steps=1)
+    (sample,) = trained(tmp_path / "run", made).values()
+    assert (sample.method, sample.lam) == (method, lam)
     assert has <= sample.columns()
     assert not lacks & sample.columns()
+    assert {r.advantage is None for group in sample.groups for r in group.rollouts} == {not multiplies}
+    assert main(["tokens", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"step 1 (kept: 1), {method}{'' if lam is None else ', lambda 0.5'}\n{by}: ")
+    assert (" advantage " in said) == multiplies
 
 
 def test_keeping_tokens_changes_no_bit_of_the_training(whole: Path, tmp_path: Path) -> None:

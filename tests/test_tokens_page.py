@@ -28,7 +28,7 @@ HOSTILE = [
 BLOCK = r'<script type="application/json" id="([a-z0-9-]+)">(.*?)</script>'
 
 
-def sample(step: int, lam: float = 0.5, tokens: int = 12, groups: int = 2) -> Sample:
+def sample(step: int, lam: float | None = 0.5, tokens: int = 12, groups: int = 2) -> Sample:
     draw = random.Random(step)
 
     def rollout(right: bool) -> Rollout:
@@ -42,7 +42,8 @@ def sample(step: int, lam: float = 0.5, tokens: int = 12, groups: int = 2) -> Sa
                 "weight": [1.5, 0.5, *(draw.uniform(0.5, 1.5) for _ in range(tokens - 2))],
             }
         text = [" 7", "+", *draw.choices([*HOSTILE, " two", " and", "."], k=tokens - 2)]
-        return Rollout(right, float(right), 0.7 if right else -1.2, "</p>14", "15", not right, text, columns)
+        advantage = None if lam is None else 0.7 if right else -1.2
+        return Rollout(right, float(right), advantage, "</p>14", "15", not right, text, columns)
 
     made = [Group(f"{HOSTILE[0]} {g}\u202e", "14", [rollout(i % 2 == 1) for i in range(4)]) for g in range(groups)]
     return Sample(step, "cepo", lam, 0.5, made)
@@ -113,7 +114,8 @@ def looks(opened: Browser, element: str, what: str) -> str:
 
 
 def test_a_person_finds_their_way(chromium: Browser, tmp_path: Path) -> None:
-    chromium.open(written(tmp_path / "page.html", sample(1), sample(20), sample(40, lam=0.0, groups=1)))
+    steps = sample(1), sample(20), sample(40, lam=0.0, groups=1), sample(60, lam=None, groups=1)
+    chromium.open(written(tmp_path / "page.html", *steps))
     said = len(chromium.said)
 
     # Right and wrong side by side.
@@ -170,6 +172,11 @@ def test_a_person_finds_their_way(chromium: Browser, tmp_path: Path) -> None:
     assert chromium.run("document.getElementById('task').textContent").count("</script> 1") == 1
     chromium.press("ArrowRight")
     assert "lambda is 0" in chromium.run("document.getElementById('sides').textContent")
+    assert "λ = 0" in chromium.run("document.getElementById('run').textContent")
+    assert "advantage \u22121.2" in chromium.run("document.getElementById('sides').textContent")
+    chromium.press("ArrowRight")
+    assert "λ" not in chromium.run("document.getElementById('run').textContent")
+    assert "advantage" not in chromium.run("document.getElementById('sides').textContent")
 
     # Dark, and on a phone: one column, nothing wider than the screen, a tap in place of hovering.
     choose(chromium, "step", 0)

@@ -296,6 +296,10 @@ def test_a_hint_goes_into_the_last_user_turn() -> None:
         ({"credit": "rredcot", "eps_w": 0.2}, "^eps_w: expected the default, .*got 0.2"),
         ({"credit": "rredcot", "hint": "{prompt} {answer}"}, "^hint: expected the default, "),
         ({"credit": "rredcot", "rredcot_mode": "x"}, "^rredcot_mode: expected one of return_to_go, difference, scale"),
+        (
+            {"credit": "rredcot", "rredcot_mode": "scale", "rredcot_centre": "others"},
+            "^rredcot_centre: expected none with rredcot_mode scale, got 'others'",
+        ),
         ({"credit": "rredcot", "rredcot_cue": "so"}, r"^rredcot_cue: expected a text with one \{answer\}, got 'so'"),
         ({"credit": "rredcot", "rredcot_keywords": "so"}, "^rredcot_keywords: expected a list of texts, got 'so'"),
         (
@@ -415,8 +419,8 @@ def run_processes(folder: Path) -> None:
     policy = tiny_policy()
     for credit in ("cepo", "rredcot"):
         config = CEPOConfig(
-            str(folder), credit=credit, rredcot_separators=["#"], report_to="none", use_cpu=True, bf16=False,
-            disable_tqdm=True, save_strategy="no", max_steps=1,
+            str(folder), credit=credit, rredcot_separators=["#"], rredcot_centre="others", rredcot_cue="{answer}",
+            report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no", max_steps=1,
             per_device_train_batch_size=1, gradient_accumulation_steps=6 // processes, num_generations=2, optim="sgd",
             shuffle_dataset=False, max_grad_norm=0.0, learning_rate=1.0, logging_steps=1, max_completion_length=8,
             gradient_checkpointing=False,

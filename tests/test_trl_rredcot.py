@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,18 +12,22 @@ from tiny import one_thread, tiny_policy  # noqa: F401
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install '.[trl]'")
 from test_trl import CUT, GROUP, make, prompt, say, step
+from tiny_vision import tiny_qwen3_vl
 
 from cepo.errors import InputError
 from cepo.integrations import trl as integration
+from cepo.integrations.trl import CEPOTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 @pytest.mark.parametrize(
-    ("mode", "plain", "min_entropy"), [("return_to_go", False, 0.0), ("difference", True, 3.7), ("scale", False, 0.0)]
-)
+    ("mode", "centre", "plain", "min_entropy"),
+    [("return_to_go", "none", False, 0.0), ("return_to_go", "others", False, 0.0), ("difference", "none", True, 3.7),
+     ("scale", "none", False, 0.0)],
+)  # fmt: skip
 def test_rredcot_gives_each_segment_what_its_values_say(
-    tmp_path: Path, mode: str, plain: bool, min_entropy: float
+    tmp_path: Path, mode: str, centre: str, plain: bool, min_entropy: float
 ) -> None:
     texts = ["3+4", "10-3"]
     data = [{"prompt": t if plain else prompt(t), "solution": 7} for t in texts]
@@ -30,8 +35,8 @@ def test_rredcot_gives_each_segment_what_its_values_say(
     trainer = make(
         tmp_path, data=data, more={"rollout_func": say(*said)}, temperature=0.8,
         model=tiny_policy(initializer_range=0.2).model, per_device_train_batch_size=GROUP,
-        gradient_accumulation_steps=2, credit="rredcot", rredcot_mode=mode, rredcot_separators=[";"],
-        rredcot_keywords=["a"], rredcot_min_entropy=min_entropy, rredcot_cue="#{answer}",
+        gradient_accumulation_steps=2, credit="rredcot", rredcot_mode=mode, rredcot_centre=centre,
+        rredcot_separators=[";"], rredcot_keywords=["a"], rredcot_min_entropy=min_entropy, rredcot_cue="#{answer}",
         reward=lambda completions, **_: [
             None if r == "5" else float("#7" in r) for r in ((c if plain else c[0]["content"]) for c in completions)
         ],
@@ -54,6 +59,7 @@ def test_rredcot_gives_each_segment_what_its_values_say(
     spread = [1.0, 0, 0, 0]
     deviation = torch.tensor(spread).std().item() + 1e-4
     all_values, sizes, kept, squares = [], [], 0, []
+    compared, gains = {}, {}
     for b, text in enumerate(said):
         context = output["prompt_ids"][b][output["prompt_mask"][b].bool()].tolist()
         response = output["completion_ids"][b][mask[b]].tolist()
@@ -80,11 +86,15 @@ def test_rredcot_gives_each_segment_what_its_values_say(
             for k, (start, end) in enumerate(zip(starts, [*starts[1:], len(response)], strict=True))
             for _ in range(start, end)
         ]  # fmt: skip
-        assert given == pytest.approx(wanted, rel=0, abs=1e-3 if mode == "scale" else 3e-7)
+        compared[b], gains[b] = (given, wanted), reward - v[0]
         if mode != "scale" or advantage:
             all_values += v
             sizes.append(len(v))
             squares += [(x - reward) ** 2 for x in v]
+    for b, (given, wanted) in compared.items():
+        others = [gains[j] for j in gains if j // GROUP == b // GROUP and j != b]
+        centred = [x - sum(others) / len(others) * (centre == "others") for x in wanted]
+        assert given == pytest.approx(centred, rel=0, abs=1e-3 if mode == "scale" else 3e-7)
     assert (kept < 0) == (min_entropy > 0)
     assert max(all_values) > 2e-5 > 1e-5 > min(all_values)
     assert max(sizes) > 1
@@ -99,3 +109,24 @@ def test_a_reward_model_is_no_chance_of_success() -> None:
     integration.check_rewards("scale", [torch.nn.Identity()], [2.0])
     with pytest.raises(InputError, match=r"^reward_funcs: expected functions, as .*difference.*got a Identity"):
         integration.check_rewards("difference", [torch.nn.Identity()], [1.0])
+
+
+@pytest.mark.parametrize("how", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_a_model_in_pieces_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """As TRL says it is: none of the two starts without a GPU."""
+    made = CEPOTrainer.create_accelerator_and_postprocess
+
+    def marked(trainer: Any) -> None:
+        made(trainer)
+        setattr(trainer, how, True)
+
+    monkeypatch.setattr(CEPOTrainer, "create_accelerator_and_postprocess", marked)
+    make(tmp_path, credit="uniform")
+    with pytest.raises(InputError, match=r"^credit: expected no FSDP and no DeepSpeed, as rredcot needs the model in"):
+        make(tmp_path, credit="rredcot")
+
+
+def test_a_model_that_sees_is_refused(tmp_path: Path) -> None:
+    model, processor = tiny_qwen3_vl()
+    with pytest.raises(InputError, match=r"^credit: expected a model of text .*, got Qwen3VLForConditionalGeneration$"):
+        make(tmp_path, model=model, credit="rredcot", more={"processing_class": processor})

@@ -22,7 +22,6 @@ from cepo.distil import SelfTeacher
 from cepo.errors import InputError
 from cepo.parts import load_parts
 from cepo.policy import Policy, make_policy, response_logits, token_op, tokens_of
-from cepo.processes import ALONE
 from cepo.prompts import with_images
 from cepo.rewards.cross_model_entropy import cross_model_entropy
 from cepo.rollout import sample
@@ -278,7 +277,7 @@ def test_values_of_cut_responses_keep_the_images() -> None:
         assert shared[name] == pytest.approx(whole[name], rel=1e-4), name
 
 
-def test_what_reads_no_images_says_so(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_reads_no_images_says_so(policy: Policy) -> None:
     blind = tiny_policy()
     with pytest.raises(InputError, match=r"expected a model that takes images .* got Qwen3ForCausalLM"):
         tokens_of(blind, mixed()[0].prompt)
@@ -291,10 +290,6 @@ def test_what_reads_no_images_says_so(policy: Policy, monkeypatch: pytest.Monkey
     judged = cross_model_entropy(policy)
     with pytest.raises(InputError, match="cross_model_entropy reads no images"):
         judged([mixed()[0].prompt], ["#7"])
-    monkeypatch.setattr("cepo.parts.load_policy", lambda _: policy)
-    monkeypatch.setattr(ALONE, "sharded", True, raising=False)
-    with pytest.raises(InputError, match=r"processes\.shard: expected false for a model with images"):
-        load_parts(small())
 
 
 @pytest.mark.parametrize(

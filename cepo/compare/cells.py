@@ -173,8 +173,8 @@ def _numbers(records: list[Record], updates_per_batch: int) -> Record:
     """What the records of a whole run come to."""
     steps = [record for record in records if record["kind"] == "train"]
     phases = list(dict.fromkeys(phase for record in steps for phase in record["seconds"]))
-    # A distillation's teacher acts in every step.
-    active = [sum(record["seconds"].values()) for record in steps if record["lam"] > 0 or "divergence" in record]
+    # Without teachers to fade every step is alike.
+    active = [sum(record["seconds"].values()) for record in steps if record["lam"] != 0 or "divergence" in record]
     return {
         "curve": _curve(records),
         "start": _without_times(steps[0]),

@@ -252,7 +252,7 @@ class ReportConfig:
 
     Args:
         every: steps between two of which some are kept, besides the first and the last; 0: none.
-        prompts: groups kept of such a step, those with a gradient first.
+        prompts: groups kept of such a step, those with a gradient first, then those with right and wrong.
     """
 
     every: int = 10

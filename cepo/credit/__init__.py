@@ -35,6 +35,8 @@ class TokenAdvantages(NamedTuple):
     advantages: Tensor
     tokens: dict[str, Tensor]
     statistics: dict[str, float | None]
+    replaces: bool = False
+    """Whether they are none of the rollouts' own times something."""
 
 
 def lam_at(step: int, lam: float, steps: int) -> float:

@@ -16,7 +16,7 @@ others` takes the mean of reward - v_0 over the group's other rollouts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -76,6 +76,13 @@ def segment_advantages(mode: str, values: Tensor, reward: float, advantage: floa
     return advantage * (size / size.mean() if size.any() else torch.ones_like(size))
 
 
+def mean_of_others(gains: Mapping[int, float], b: int, size: int) -> float:
+    """The mean of `gains` over the other rollouts in b's group of `size`, 0 if none has any."""
+    first = b - b % size
+    others = [gains[j] for j in range(first, first + size) if j != b and j in gains]
+    return sum(others) / max(len(others), 1)
+
+
 def check(config: Config) -> None:
     """Raise InputError for an advantage that no mode would read, or a reward that is no chance of success."""
     mode, name = config.rredcot.mode, config.advantage.name
@@ -133,8 +140,7 @@ def token_advantages(
         if reward is None:
             columns.append((torch.zeros_like(v), v, unknown, unknown))
             continue
-        others = [gains[j] for j in range(b - b % size, b - b % size + size) if j != b and j in gains]
-        baseline = sum(others) / max(len(others), 1) if config.centre == "others" else 0.0
+        baseline = mean_of_others(gains, b, size) if config.centre == "others" else 0.0
         advantages = segment_advantages(config.mode, v, reward, batch.advantages[b].item(), baseline)
         columns.append((advantages, v, redistribute(v, reward), torch.full_like(v, success[b])))
     advantages, v, moved, outcome = (torch.cat(column) for column in zip(*columns, strict=True))
@@ -148,4 +154,4 @@ def token_advantages(
     advantages, v, moved = (
         column.float().repeat_interleave(torch.tensor(lengths)) for column in (advantages, v, moved)
     )
-    return TokenAdvantages(advantages, {"value": v, "segment_reward": moved}, statistics)
+    return TokenAdvantages(advantages, {"value": v, "segment_reward": moved}, statistics, config.mode != "scale")

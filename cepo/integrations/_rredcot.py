@@ -1,20 +1,35 @@
-"""RREDCoT in TRL: its options, its model, and token advantages from what the model answers before each segment."""
+"""RREDCoT in TRL: its options, its model, and what that answers before each segment."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cepo.config import CreditConfig, RredcotConfig, TeacherConfig
-from cepo.credit.rredcot import redistribute, segment_advantages
 from cepo.errors import InputError
 from cepo.policy import Policy, make_policy
 from cepo.value import CUE, asked, cut, values_at
 
-OPTIONS = ("mode", "separators", "keywords", "min_entropy", "cue")
+OPTIONS = ("mode", "centre", "separators", "keywords", "min_entropy", "cue")
+
+
+class Valuing(NamedTuple):
+    """A model that is made to answer, and how."""
+
+    policy: Policy
+    config: RredcotConfig
+
+
+class Valued(NamedTuple):
+    """A response of S segments."""
+
+    lengths: Tensor
+    """(S,) in tokens."""
+    values: Tensor
+    """(S,) float64, v at their starts."""
 
 
 def read_options(args: Any) -> RredcotConfig:
@@ -69,22 +84,18 @@ def valuing_policy(model: Any, tokenizer: Any, args: Any) -> Policy:
 
 
 @torch.no_grad()
-def segment_credit(
-    policy: Policy,
-    config: RredcotConfig,
+def segment_values(
+    valuing: Valuing,
     prompts: Sequence[list[int]],
     responses: Sequence[list[int]],
     answers: Sequence[str],
-    rewards: Sequence[float],
-    advantages: Sequence[float],
     texts: Sequence[str],
     temperature: float,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Token advantages of each response, (T,); and of its segments v and |r|, (2, S).
+) -> list[Valued]:
+    """Each response in segments, and what they are worth.
 
     Args:
         prompts, responses: token ids.
-        advantages: of the rollouts, which matter to mode `scale` alone.
         texts: the prompts', for errors.
 
     Raises:
@@ -92,6 +103,7 @@ def segment_credit(
     """
     if empty := [text for text, answer in zip(texts, answers, strict=True) if not answer.strip()]:
         raise InputError(f"credit: rredcot needs the answer of every problem, {empty[0][:40]!r} has none")
+    policy, config = valuing
     options: dict[str, Any] = {"temperature": temperature, **policy.logit_options}
     starts = cut(policy, config, prompts, responses, **options)
     asking = [
@@ -99,9 +111,5 @@ def segment_credit(
         for answer, prompt, ts, text in zip(answers, prompts, starts, texts, strict=True)
     ]
     values = values_at(policy, prompts, responses, starts, asking, **options)
-    tokens, found = [], []
-    for ts, ids, v, reward, advantage in zip(starts, responses, values, rewards, advantages, strict=True):
-        lengths = torch.tensor([*ts, len(ids)]).diff()
-        tokens.append(segment_advantages(config.mode, v, reward, advantage).float().repeat_interleave(lengths))
-        found.append(torch.stack([v, redistribute(v, reward).abs()]))
-    return tokens, found
+    lengths = [torch.tensor([*ts, len(ids)]).diff() for ts, ids in zip(starts, responses, strict=True)]
+    return list(map(Valued, lengths, values))

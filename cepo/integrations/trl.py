@@ -24,10 +24,11 @@ from torch import Tensor
 from cepo import axes
 from cepo.config import HINT, SPLICE
 from cepo.credit import lam_at
+from cepo.credit.rredcot import mean_of_others, redistribute, segment_advantages
 from cepo.errors import InputError
 from cepo.integrations._common import CREDITS, check_options
-from cepo.integrations._rredcot import check_rewards, read_options, segment_credit, valuing_policy
-from cepo.policy import Policy, context_length
+from cepo.integrations._rredcot import Valued, Valuing, check_rewards, read_options, segment_values, valuing_policy
+from cepo.policy import context_length
 from cepo.prompts import hinted
 from cepo.tasks._answers import final_answer, same_answer
 from cepo.teacher import WrongAnswer, wrong_answer
@@ -80,6 +81,9 @@ class CEPOConfig(GRPOConfig):  # type: ignore[misc]
     )
     rredcot_mode: str = _field(
         "return_to_go", "Under rredcot: return_to_go, difference, or scale, which alone multiplies TRL's advantage."
+    )
+    rredcot_centre: str = _field(
+        "none", "none, or others: subtract what the group's other rollouts gained on average, under return_to_go."
     )
     rredcot_separators: list[str] | None = field(
         default=None, metadata={"help": "A segment ends after one of these; None: a newline."}
@@ -155,7 +159,7 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._teachers: tuple[str, ...] = axes.module("credit", args.credit).TEACHERS
         self._context = context_length(self.model)
         self._scored: Scored | None = None
-        self._valuing: Policy | None = self._make_valuing() if args.credit == "rredcot" else None
+        self._valuing: Valuing | None = self._make_valuing() if args.credit == "rredcot" else None
         if (self._teachers or self._valuing) and (columns := getattr(self.train_dataset, "column_names", None)):
             self._right_answer(dict.fromkeys(columns, ""))
 
@@ -244,50 +248,51 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
             }
         self._log_means(means)
 
-    def _make_valuing(self) -> Policy:
+    def _make_valuing(self) -> Valuing:
         check_rewards(self.args.rredcot_mode, self.reward_funcs, self.reward_weights.tolist())
         if self._is_vlm:
             raise InputError(f"credit: expected a model of text alone for rredcot, got {type(self.model).__name__}")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError("credit: expected no FSDP and no DeepSpeed, as rredcot needs the model in one piece")
         with _evaluating(self.model):
-            return valuing_policy(self.model, self._tokenizer, self.args)
+            return Valuing(valuing_policy(self.model, self._tokenizer, self.args), read_options(self.args))
 
-    def _add_segment_credit(self, policy: Policy, output: dict[str, Any], scored: Scored) -> None:
+    def _add_segment_credit(self, valuing: Valuing, output: dict[str, Any], scored: Scored) -> None:
         """Put the (B, T) advantages of `rredcot` into `output`; 0 where there is no reward."""
-        config, size = read_options(self.args), self.args.per_device_train_batch_size
-        mask, given = output["completion_mask"].bool(), output["advantages"]
+        config, mask, given = valuing.config, output["completion_mask"].bool(), output["advantages"]
         rewards = scored.rewards[scored.first : scored.first + len(given)]
         live = mask.any(dim=1) & ~rewards.isnan()
         if config.mode == "scale" and self.args.skip_teachers:
             live &= given != 0
         prompts = self._policy_contexts(output).ids
-        advantages = torch.zeros(mask.shape, device=mask.device)
-        found, counts = [torch.zeros(3, 0, dtype=torch.float64)], []
-        for rows in live.nonzero().flatten().split(size):
+        found: dict[int, Valued] = {}
+        for rows in live.nonzero().flatten().split(self.args.per_device_train_batch_size):
             some = rows.tolist()
-            tokens, segments = segment_credit(
-                policy,
-                config,
+            valued = segment_values(
+                valuing,
                 [prompts[b] for b in some],
                 [output["completion_ids"][b][mask[b]].tolist() for b in some],
                 [self._right_answer(scored.examples[b]) for b in some],
-                rewards[rows].tolist(),
-                given[rows].tolist(),
                 [_text(scored.prompts[b]) for b in some],
                 self.args.temperature,
             )
-            kept = torch.zeros_like(mask)
-            kept[rows] = mask[rows]
-            advantages[kept] = torch.cat(tokens).to(mask.device)
-            counts += [part.shape[1] for part in segments]
-            success = (rewards[rows] >= self.args.success_threshold).cpu()
-            success = success.repeat_interleave(torch.tensor(counts[-len(some) :]))
-            found.append(torch.cat([torch.cat(segments, dim=1), success[None]]))
+            found.update(zip(some, valued, strict=True))
+        reward, right = rewards.tolist(), (rewards >= self.args.success_threshold).tolist()
+        gains: dict[int, float] = {}
+        if config.centre == "others":  # who may be in another process
+            mine = [reward[b] - found[b].values[0].item() if b in found else None for b in range(len(reward))]
+            gains = {m: gain for m, gain in enumerate(gather_object(mine)) if gain is not None}
+        advantages = torch.zeros(mask.shape, device=mask.device)
+        segments = [torch.zeros(3, 0, dtype=torch.float64)]
+        for b, (lengths, v) in found.items():
+            baseline = mean_of_others(gains, scored.first + b, self.num_generations)
+            worth = segment_advantages(config.mode, v, reward[b], given[b].item(), baseline)
+            advantages[b][mask[b]] = worth.float().repeat_interleave(lengths).to(mask.device)
+            segments.append(torch.stack([v, redistribute(v, reward[b]).abs(), torch.full_like(v, right[b])]))
         output["advantages"] = advantages
-        v, moved, success = torch.cat(found, dim=1).to(mask.device)
+        v, moved, success = torch.cat(segments, dim=1).to(mask.device)
         means = {
-            "segments": torch.tensor(counts, device=mask.device),
+            "segments": torch.tensor([part.shape[1] for part in segments[1:]], device=mask.device),
             "segment_reward": moved,
             "value_mean": v,
             "value_outcome": success,

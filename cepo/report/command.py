@@ -45,7 +45,8 @@ def tokens(parser: ArgumentParser, arguments: Sequence[str]) -> int:
         raise InputError(f"--prompt: expected 1 to {len(sample.groups)} in step {sample.step}, got {given.prompt}")
     if read is None:
         numbers = range(1, len(sample.groups) + 1) if given.prompt is None else [given.prompt]
-        print(f"step {sample.step} (kept: {kept}), {sample.method}, lambda {sample.lam:g}")
+        mixed = "" if sample.lam is None else f", lambda {sample.lam:g}"
+        print(f"step {sample.step} (kept: {kept}), {sample.method}{mixed}")
         width, colour = shutil.get_terminal_size((100, 24)).columns, _coloured()
         text = terminal.draw(sample, by, known[by], numbers, max(width, 20), colour)
         encoding = sys.stdout.encoding or "utf-8"

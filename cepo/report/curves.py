@@ -10,8 +10,9 @@ from cepo import checkpoint, metrics
 
 FILE = "curves.png"
 _EVIDENCE = {"evidence_right": "right rollouts", "evidence_wrong": "wrong rollouts"}
-_SHOWN = ("step", "accuracy", "sampled", "greedy", "entropy", "zero_variance", *_EVIDENCE, "divergence", "lam",
-          "seconds")  # fmt: skip
+_VALUES = {"value_mean": "value before a segment", "value_outcome": "segments of rollouts that succeeded"}
+_SHOWN = ("step", "accuracy", "sampled", "greedy", "entropy", "zero_variance", *_EVIDENCE, *_VALUES, "divergence",
+          "lam", "seconds")  # fmt: skip
 _MOST = 20_000  # steps of a run
 # Okabe and Ito's, which the colour-blind tell apart, without the yellow that white swallows.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -35,16 +36,18 @@ def draw(run: Path, out: Path | None = None) -> Path:
     accuracy.set(title="accuracy", ylim=(0, 1))
     _lines(entropy, steps, {"entropy": "entropy (nats per token)", "zero_variance": "groups without variance"})
     entropy.set(title="exploration", ylim=(0, None))
-    _lines(evidence, steps, {**_EVIDENCE, "divergence": "divergence from the teacher"})
+    valued = any("value_mean" in record for record in steps)
+    _lines(evidence, steps, {**_EVIDENCE, **_VALUES, "divergence": "divergence from the teacher"})
     _lines(evidence, steps, {"lam": "lambda"}, linestyle="--", color="grey")
-    evidence.set(title="teachers, mean per token (nats)")
+    evidence.set(title="values, mean per segment" if valued else "teachers, mean per token (nats)")
+    evidence.set_visible(evidence.has_data())
     phases = list(dict.fromkeys(phase for record in steps for phase in record["seconds"]))
     if steps:
         times = [[record["seconds"].get(phase, 0.0) for record in steps] for phase in phases]
         seconds.stackplot([record["step"] for record in steps], *times, labels=phases)
     seconds.set(title="seconds per step")
     for axes in (accuracy, entropy, evidence, seconds):
-        axes.set_xlabel("step")
+        _count(axes)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
     return _save(figure, out or run / FILE)
@@ -72,7 +75,7 @@ def overlay(runs: Sequence[Path], out: Path) -> Path:
     accuracy.set(title="accuracy of training rollouts", ylim=(0, 1))
     entropy.set(title="entropy (nats per token)", ylim=(0, None))
     for axes in panels:
-        axes.set_xlabel("step")
+        _count(axes)
         axes.grid(alpha=0.25)
     legend: dict[str, Any] = {}
     for axes in panels:
@@ -109,6 +112,11 @@ def _save(figure: Any, out: Path) -> Path:
     with checkpoint.replacing(out) as temporary:
         figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=120)
     return out
+
+
+def _count(axes: Any) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _lines(axes: Any, records: Sequence[dict[str, Any]], columns: dict[str, str], **style: Any) -> None:

@@ -31,7 +31,8 @@ class Rollout:
 
     right: bool
     reward: float | None
-    advantage: float
+    advantage: float | None
+    """Of its group; None where no token's is made of it."""
     answer: str | None
     """What it states, None if nothing could be parsed."""
     negative: str | None
@@ -60,7 +61,8 @@ class Sample:
     step: int
     method: str
     """Of credit; of a loss that distils, where there is no credit."""
-    lam: float
+    lam: float | None
+    """None: the method has no weights to mix."""
     eps_w: float
     groups: list[Group]
 
@@ -94,6 +96,9 @@ class Recorder:
             return
         lengths = [len(ids) for ids in batch.rollouts.responses]
         columns = {name: column.split(lengths) for name, column in tokens.items()}
+        if "positive_logprobs" not in columns:
+            columns.pop("negative_logprobs", None)  # no teacher's: the policy's own
+        without = config.loss.distils or (batch.ahead is not None and batch.ahead.replaces)
 
         def rollout(b: int) -> Rollout:
             teachers, completion = batch.teachers, batch.rollouts.completions[b]
@@ -101,7 +106,7 @@ class Recorder:
             return Rollout(
                 right=success[b],
                 reward=_number(rewards[b]),
-                advantage=_number(batch.advantages[b].item()) or 0.0,
+                advantage=None if without else _number(batch.advantages[b].item()),
                 answer=self._parts.task.parse_answer(completion),
                 negative=None if teachers is None or negative is None else teachers.answers[negative],
                 truncated=batch.rollouts.truncated[b],
@@ -112,14 +117,16 @@ class Recorder:
 
         size = batch.rollouts.group_size
         learns = batch.active().view(-1, size).any(1).tolist()
-        chosen = sorted(range(len(learns)), key=lambda p: not learns[p])[: config.report.prompts]
+        differ = [len(set(success[p * size : (p + 1) * size])) > 1 for p in range(len(learns))]
+        chosen = sorted(range(len(learns)), key=lambda p: (not learns[p], not differ[p]))[: config.report.prompts]
         groups = [
             Group(problem.text, problem.answer, [rollout(b) for b in range(p * size, (p + 1) * size)])
             for p, problem in enumerate(batch.rollouts.problems)
             if p in chosen
         ]
         method = config.loss.name if config.loss.distils else config.credit.name
-        self._sample = Sample(step, method, batch.lam, config.credit.eps_w or 0.0, groups)
+        lam = batch.lam if self._parts.teachers else None
+        self._sample = Sample(step, method, lam, config.credit.eps_w or 0.0, groups)
 
     def write(self) -> None:
         """Write what was kept of the step last looked at, if anything was. Raises InputError where it cannot."""

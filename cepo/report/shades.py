@@ -33,10 +33,10 @@ _SCALES = {
     "weight": ("weight", "less of the advantage", "more of it", 1.0, 0.0),
     "evidence": ("evidence", "speaks for the wrong answer", "for the right one", 0.0, 2.0),
     "advantage": ("advantages", "made less likely", "more likely", 0.0, 0.0),
-    "logprob": ("logprobs", "was unlikely", "", 0.0, 5.0),
     "value": ("value", "will likely fail", "will succeed", 0.5, 0.5),
     "segment_reward": ("segment_reward", "lost", "gained", 0.0, 1.0),
-    "divergence": ("divergence", "closer than 0", "far from the teacher", 0.0, 0.0),
+    "divergence": ("divergence", "", "far from the teacher", 0.0, 0.0),
+    "logprob": ("logprobs", "was unlikely", "", 0.0, 5.0),
     "entropy": ("entropy", "", "the policy was undecided", 0.0, 0.0),
 }
 CHOICES = tuple(_SCALES)

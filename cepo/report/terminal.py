@@ -41,7 +41,7 @@ def _group(sample: Sample, number: int, scale: Scale, width: int, colour: bool) 
 
 def _head(rollout: Rollout, place: int, negative: str | None, colour: bool) -> str:
     parts = [
-        f"advantage {rollout.advantage:+.3g}",
+        *([] if rollout.advantage is None else [f"advantage {rollout.advantage:+.3g}"]),
         "not scored" if rollout.reward is None else f"reward {rollout.reward:.3g}",
         "no answer" if rollout.answer is None else f"answer {visible(rollout.answer)}",
         *([f"wrong answer told {visible(negative)}"] if negative else []),
