@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks, divergence_ops, linear_divergence_ops
 from .contrastive import beside
-from .linear import _cast, _needs
+from .linear import _needs, autocast
 from .policy_loss import detached
 
 
@@ -148,8 +148,7 @@ def linear_divergence(
         student_hidden, teacher_hidden.detach(), lm_head_weight, lm_head_bias, teacher_lm_head_weight.detach(),
         detached(teacher_lm_head_bias),
     )  # fmt: skip
-    if torch.is_autocast_enabled(rows.device.type):
-        tensors = [_cast(x, torch.get_autocast_dtype(rows.device.type)) for x in tensors]
+    tensors = autocast(rows.device.type, *tensors)
     checks.check_logits_dtype(logits_dtype, tensors[0], tensors[2])
     checks.check_logits_dtype(logits_dtype, tensors[1], tensors[4])
     output = linear_divergence_ops.linear_divergence(

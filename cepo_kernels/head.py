@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import checks
 from .contrastive import ContrastiveLogprobs
 from .linear import linear_contrastive_logprobs, linear_contrastive_policy_loss, linear_token_logprobs
 from .policy_loss import PolicyLoss
@@ -39,8 +40,9 @@ class LogprobHead(nn.Linear):
             if any(value is not None for value in given):
                 raise ValueError("labels: expected a tensor, given as labels=..., got None")
             return super().forward(input)
-        if "lm_head_bias" in options:
-            raise TypeError("lm_head_bias: expected none, as the head has its own")
+        checks.check_flag("policy_loss", policy_loss)
+        for name in {"lm_head_weight", "lm_head_bias"} & options.keys():
+            raise TypeError(f"{name}: expected none, as the head has its own")
         options["lm_head_bias"] = self.bias
         if policy_loss:
             return linear_contrastive_policy_loss(
@@ -66,14 +68,23 @@ def use_logprob_head(model: Any) -> LogprobHead:
 
     Raises:
         TypeError: the model has no output embeddings, or they are no plain linear layer (LoRA on the head, a quantised
-            or an already sharded one), or the model scales or caps what they say.
+            or an already sharded one), or the model has an encoder, or scales, caps or cuts what they say.
     """
     head = _head(model)
     if type(head) is LogprobHead:
         return head
     if "forward" in vars(head):
         raise TypeError("model: expected output embeddings with their class's forward, got one that was replaced")
-    if options := logit_options(getattr(model, "config", None)):
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        what = "whose decoder may scale its states and add a bias to its logits"
+        raise TypeError(f"model: expected a decoder alone, got {type(model).__name__}, {what}")
+    cut = getattr(_text_config(config), "unpadded_vocab_size", None)
+    if cut is not None and cut < head.weight.shape[0]:
+        raise TypeError(
+            f"model: expected a column for every token, got a head of {head.weight.shape[0]} that is cut to {cut}"
+        )
+    if options := logit_options(config):
         raise TypeError(
             f"model: expected one whose logits are its head's output, got a config that asks for {options}; call "
             "linear_token_logprobs with that"
@@ -94,19 +105,24 @@ def restore_head(model: Any) -> None:
 
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
-_SCALES = ("logit_scale", "lm_head_multiplier")  # Cohere, FalconH1
+_SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, FalconH1, Muse
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite, Inkling
 
 
 def logit_options(config: Any) -> dict[str, float]:
     """The ops' ``logit_softcap`` and ``logit_scale`` that a transformers config asks for, where they do anything."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = _text_config(config)
     cap = next((cap for name in _CAPS if (cap := getattr(config, name, None))), None)
     scale = next((scale for name in _SCALES if (scale := getattr(config, name, None))), 1.0)
-    divisor = getattr(config, "logits_scaling", None) or 1.0
+    divisor = next((divisor for name in _DIVISORS if (divisor := getattr(config, name, None))), 1.0)
     if str(getattr(config, "model_type", "")).startswith("hyperclovax"):  # which multiplies by it
         divisor = 1.0 / divisor
     options = {"logit_softcap": float(cap)} if cap else {}
     return options if scale == divisor else {**options, "logit_scale": scale / divisor}
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _head(model: Any) -> Any:

@@ -228,14 +228,16 @@ def _checked(
     for name, hidden in zip(names, contexts, strict=True):
         if hidden is not None or name in ("hidden_states", "policy_hidden"):
             checks.check_hidden(name, hidden, labels, weight)  # type: ignore[arg-type]
-    kind = labels.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        contexts = tuple(_cast(x, dtype) for x in contexts)  # type: ignore[assignment]
-        weight, bias = _cast(weight, dtype), _cast(bias, dtype)  # type: ignore[assignment]
+    *contexts, weight, bias = autocast(labels.device.type, *contexts, weight, bias)  # type: ignore[assignment]
+    if any(x is not None and x.dtype == torch.float64 for x in (*contexts, bias)):
+        contexts = (contexts[0].double(), *contexts[1:])  # which decides on the dtype of all logits
     checks.check_logits_dtype(logits_dtype, contexts[0], weight)
     return contexts, weight, bias
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+def autocast(device_type: str, *tensors: Tensor | None) -> list[Any]:
+    """The tensors in autocast's dtype where it is on, as it casts a linear layer's."""
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        return [*tensors]
+    dtype = torch.get_autocast_dtype(device_type)
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]

@@ -136,12 +136,21 @@ def test_what_is_no_plain_linear_layer_is_refused_with_the_reason():
     model.config = SimpleNamespace(final_logit_softcapping=30.0)
     with pytest.raises(TypeError, match=r"asks for \{'logit_softcap': 30\.0\}; call linear_token_logprobs"):
         use_logprob_head(model)
+    for config, reason in (
+        ({"is_encoder_decoder": True}, "a decoder alone, got Model"),
+        ({"unpadded_vocab_size": V - 1}, f"a head of {V} that is cut to {V - 1}"),
+    ):
+        model.config = SimpleNamespace(**config)
+        with pytest.raises(TypeError, match=reason):
+            use_logprob_head(model)
     for config, scale in (
         ({"logit_scale": 0.25}, 0.25),
         ({"logits_scaling": 8.0}, 0.125),
         ({"logits_scaling": 1}, None),
         ({"logits_scaling": 8.0, "model_type": "hyperclovax"}, 8.0),
         ({"lm_head_multiplier": 0.04}, 0.04),
+        ({"output_multiplier": 0.2}, 0.2),
+        ({"logits_mup_width_multiplier": 24}, 1 / 24),
     ):
         assert logit_options(SimpleNamespace(**config)).get("logit_scale") == scale
     for name in ("logits_soft_cap", "output_logit_soft_cap"):

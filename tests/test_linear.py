@@ -241,6 +241,25 @@ def test_a_teacher_of_more_digits_keeps_them():
     torch.testing.assert_close(out.positive_logprobs.double(), want.logprobs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("which", ["teacher", "bias"])
+def test_one_input_of_float64_makes_all_of_it_float64(which):
+    hidden, weight, bias, labels, advantages = inputs()
+    policy, teacher = hidden[0].clone().requires_grad_(), hidden[1]
+    teacher, bias = (teacher.double(), bias) if which == "teacher" else (teacher, bias.double())
+    out = linear_contrastive_logprobs(policy, teacher, None, weight, labels, advantages, lm_head_bias=bias)
+    for found, context in ((out.logprobs, policy), (out.positive_logprobs, teacher)):
+        want = linear_token_logprobs(context.double(), weight.double(), labels, lm_head_bias=bias.double())
+        torch.testing.assert_close(found, want.logprobs, rtol=1e-12, atol=1e-12)
+    out.logprobs.sum().backward()
+    assert policy.grad.dtype == torch.float32
+
+
+def test_meta_tensors_tell_shapes():
+    hidden, weight, _, labels, _ = inputs()
+    out = linear_token_logprobs(*(x.to("meta") for x in (hidden[0], weight, labels)))
+    assert out.logprobs.shape == labels.shape
+
+
 def test_autocast_casts_as_for_a_linear_layer():
     hidden, weight, _, labels, _ = inputs()
     policy = hidden[0].clone().requires_grad_()
