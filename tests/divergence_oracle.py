@@ -134,6 +134,26 @@ def check(backend: str, student: Tensor, teacher: Tensor, absolute: float = 1e-1
     oracle.assert_gradient(gradient, slope, student.dtype, 3e-5)
 
 
+def check_at_clip(backend: str, dtype: torch.dtype, kind: str) -> None:
+    """Value and gradient agree on what is clipped, or a gradient does not sum to 0. Orders of columns are roundings."""
+    student, teacher = (x.double() for x in pair(dtype, 37, (1,), 0.5))
+    log_q, log_p = student[0].log_softmax(0), teacher[0].log_softmax(0)
+    log_m = torch.logaddexp(log_p, log_q) - np.log(2)
+    of_p = log_p.exp() * (log_p - (log_m if kind == "jsd" else log_q))
+    of_q = log_q.exp() * (log_q - (log_m if kind == "jsd" else log_p))
+    top = float({"forward_kl": of_p, "reverse_kl": of_q, "jsd": (of_p + of_q) / 2}[kind].max())
+    sure, sure_teacher = student.clone(), teacher.clone()
+    sure[0, 5], sure_teacher[0, 5] = 40.0, 40.25 if dtype == torch.bfloat16 else 40.02
+    order = torch.rand(32, 37, generator=torch.Generator().manual_seed(3)).argsort(1)
+    clips = [top * (1 + ulps * 2.0**-24) for ulps in (-4, -2, -1, 0, 1, 2, 4)]
+    for one, other, clip in [(sure, sure_teacher, 0.0), *((student, teacher, clip) for clip in clips)]:
+        rows = one[0, order].to(dtype), other[0, order].to(dtype)
+        _, gradient = run(backend, *rows, kind=kind, clip=clip)
+        assert gradient.double().sum(1).abs().max() < 1e-3
+        either = [run("reference", *rows, kind=kind, clip=clip * by)[1] for by in (1 - 1e-5, 1 + 1e-5)]
+        assert torch.stack([(gradient - x).abs().amax(1) for x in either]).amin(0).max() < 1e-3
+
+
 def check_masked(backend: str, **options: Any) -> None:
     """A row that is all of the lowest numbers is a uniform one, on either side."""
     student, level = pair(shape=(2,))[0], torch.zeros(2, 900)

@@ -12,7 +12,7 @@ import cuda_emulated
 import oracle
 import pytest
 import torch
-from divergence_oracle import check, check_distant, check_masked, run
+from divergence_oracle import check, check_at_clip, check_distant, check_masked, run
 from test_cuda_memory import EVERY_ROW, alone, byte_model
 from test_divergence import CUTS, KINDS, ROWS, VARIANTS, pair
 
@@ -95,6 +95,11 @@ def test_edge_rows(how, cut):
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_a_wholly_masked_row_is_uniform(how, cut):
     check_masked("emulated", **how, **cut)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_value_and_gradient_agree_on_what_is_clipped(kind):
+    check_at_clip("emulated", torch.float32, kind)
 
 
 def test_rows_further_apart_than_float32_counts_are_right_or_nan():

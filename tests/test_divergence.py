@@ -9,7 +9,7 @@ import mpmath
 import oracle
 import pytest
 import torch
-from divergence_oracle import CUTS, KINDS, ROWS, VARIANTS, check, check_distant, check_masked, pair, run
+from divergence_oracle import CUTS, KINDS, ROWS, VARIANTS, check, check_at_clip, check_distant, check_masked, pair, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,6 +50,12 @@ def test_a_clip_cuts_and_a_bucket_counts(kind):
     plain, clipped, few = (divergence(student, teacher, kind=kind, **cut) for cut in CUTS[:3])
     assert clipped.sum() < 0.8 * plain.sum()
     assert (few < plain).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_value_and_gradient_agree_on_what_is_clipped(backend, dtype, kind):
+    check_at_clip(backend, dtype, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,7 +21,7 @@ DIVERGENCES = (
     "triton and not (0.3 or 0.9) and (options and bfloat16 or soft_cap and dtype1-15 and not top_k"
     " or it_is_the_formula and dtype0 or keep_their and 2e-05 and 1000 or wholly_masked and jsd and not (beta or clip)"
     " or impossible and dtype2 and not (dtype2-finfo or inf-) or rows_far_apart or broken_row and nan"
-    " or first_of_equals or in_place_has)"
+    " or first_of_equals or in_place_has or agree_on and dtype0-reverse)"
 )
 
 

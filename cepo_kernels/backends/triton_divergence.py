@@ -458,9 +458,14 @@ def divergence_kernel(
             if tl.abs(level_of_q) == float("inf"):
                 fill(gradient, vocabulary, float("nan"), BACKWARD_BLOCK)
                 return
-        # A jsd's gradient is unmoved to first order: the mean has the same error.
+        # A jsd's gradient is unmoved to first order: the mean has the same error. Where a KL's entry is clipped, the
+        # normalisers that decided it stay, and the level makes up for them; where none is, none may be now.
         if (KIND == FORWARD) | (KIND == REVERSE):
             moved = log1p(shift)
+            if CLIP:
+                level_of_q += tl.where(count > 0.0, shift, 0.0)
+                moved = tl.where(count > 0.0, 0.0, moved)
+                clip = tl.where(count > 0.0, clip, float("inf"))
             level = _level(
                 unit, inner, student_top, student_total, student_log, student_log_z + moved,
                 teacher_top, teacher_total, teacher_log, teacher_log_z, SOFTCAP,

@@ -314,9 +314,13 @@ struct Pair {
         if (value < 0.0 && found.sums.clipped == 0.0) value = 0.0;
         put_value(value);
         if (!writes) return;
-        // A jsd's gradient is unmoved to first order: the mean has the same error.
-        const Levels exact(transform, student, teacher, is_jsd ? gap : gap - log1p(found.shift) / kLn2, d);
-        write<kForm, kNeeds>(exact, divergence_level(found.sums, how()), weight * transform.chain);
+        // A jsd's gradient is unmoved to first order: the mean has the same error. Where a KL's entry is clipped, the
+        // normalisers that decided it stay, and the level makes up for them; where none is, none may be now.
+        const bool clips = found.sums.clipped > 0.0;
+        Levels exact(transform, student, teacher, is_jsd || clips ? gap : gap - log1p(found.shift) / kLn2, d);
+        if (!clips) exact.clip = set(INFINITY);
+        const double level = divergence_level(found.sums, how()) + (is_jsd || !clips ? 0.0 : found.shift);
+        write<kForm, kNeeds>(exact, level, weight * transform.chain);
     }
 
     // Memory until the row is done. No destructor frees it: exceptions and what they drag in stay out.

@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kPairThreads, 1)
         if (gradient) fill(d.gradient, gradient, vocabulary, value, thread, kPairThreads);
     };
     if (weight == 0.0 || weight != weight) return finish_with(static_cast<float>(weight));
-    const DivergenceOptions how{static_cast<Kind>(d.kind), d.beta, d.clip};
+    DivergenceOptions how{static_cast<Kind>(d.kind), d.beta, d.clip};
     if (thread == 0) {
         const Transform transform = transform_of(d.options, values, row);
         state.rows = {row_start(d.student, d.inner, row),
@@ -281,8 +281,12 @@ __global__ void __launch_bounds__(kPairThreads, 1)
         sums.value -= 0.5 * shift * shift * (kKl ? 1.0 : d.beta * (1.0 - d.beta));
         if (sums.value < 0.0 && sums.clipped == 0.0) sums.value = 0.0;
         device::store(d.values + row, static_cast<float>(weight * sums.value));
-        // A jsd's gradient is unmoved to first order: the mean has the same error.
-        const double moved = kKl ? log1p(shift) : 0.0, level = divergence_level(sums, how);
+        // A jsd's gradient is unmoved to first order: the mean has the same error. Where a KL's entry is clipped, the
+        // normalisers that decided it stay, and the level makes up for them; where none is, none may be now.
+        const bool clips = sums.clipped > 0.0;
+        if (!clips) how.clip = state.clip = INFINITY;
+        const double moved = kKl && !clips ? log1p(shift) : 0.0;
+        const double level = divergence_level(sums, how) + (kKl && clips ? shift : 0.0);
         put_level<kCapped>(state, state.sum, state.student_log, state.student_log_z + moved, state.teacher_log,
                            state.teacher_log_z);
         state.level_of_q = static_cast<float>(level);
