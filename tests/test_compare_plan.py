@@ -33,6 +33,10 @@ from cepo.compare.results import supervision
         ({"methods": {"grpo": {"credit": {"name": "magic"}}}}, ["methods.grpo", "credit.name", "'magic'"]),
         ({"methods": {"grpo": {"train": {"steps": 9}}}}, ["methods.grpo", "all methods share", "'train'"]),
         ({"methods": {"grpo": {"rollout": {"group_size": 9}}}}, ["methods.grpo", "all methods share", "'rollout'"]),
+        ({"methods": {"grpo": {"reward": {"success_threshold": 0.5}}}},
+         ["methods.grpo", "all methods share", "'reward.success_threshold'"]),
+        ({"methods": {"grpo": {}, "cepo": {"credit": {"name": "cepo", "lam": 0.5}}}},
+         ["methods.cepo: expected another config than methods.grpo on addition, got the same"]),
         ({"reference": "dapo"}, ["reference", "grpo, cepo", "'dapo'"]),
         ({"metric": "best"}, ["metric", "sampled, greedy", "'best'"]),
         ({"base": {"train": {"seed": 3}}}, ["base", "train.seed", "left to seeds"]),
@@ -106,6 +110,15 @@ def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
     assert plan.rates == [1e-4, 3e-4]
     assert plan.configs["addition", "grpo"].loss.clip_low == 0.1
     assert plan.test_problems == 2000
+
+
+def test_what_counts_as_success_is_said_by_the_base_or_a_task(tmp_path: Path) -> None:
+    threshold = {"reward": {"success_threshold": 0.5}}
+    tasks = {"addition": threshold, "strict": {}}
+    plan = plan_of(tmp_path, base={"reward": {"success_threshold": 0.75}}, tasks=tasks)
+    found = {key: config.reward.success_threshold for key, config in plan.configs.items()}
+    assert {found["addition", method] for method in ("base", "grpo", "cepo")} == {0.5}
+    assert {found["strict", method] for method in ("base", "grpo", "cepo")} == {0.75}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "compare").glob("*.yaml")), ids=lambda path: path.name)

@@ -13,6 +13,7 @@ from torch import Tensor
 from cepo.advantages.maxrl import maxrl
 from cepo.advantages.rl2ml import multiplier, population_weight, rl2ml, update_scale, variance
 from cepo.advantages.rloo import rloo
+from cepo.config import AdvantageConfig
 from cepo.errors import InputError
 
 F = Fraction
@@ -192,6 +193,10 @@ def test_options_out_of_range_are_refused() -> None:
         rl2ml(torch.ones(1, 2), alpha=1e308)
     with pytest.raises(InputError, match="alpha: expected a number, at least 0, got -1"):
         rl2ml(torch.ones(1, 2), alpha=-1)
+    with pytest.raises(InputError, match="alpha: expected a number, at least 0, got True"):
+        rl2ml(torch.ones(1, 2), alpha=True)
+    with pytest.raises(InputError, match=r"advantage.alpha: expected auto or a number, at least 0, got True"):
+        AdvantageConfig("rl2ml", alpha=True).check()
     with pytest.raises(InputError, match="baseline: expected one of loo, none, got 'mean'"):
         rl2ml(torch.ones(1, 2), baseline="mean")
 

@@ -104,6 +104,9 @@ def test_it_takes_what_trl_gives_plain_and_conversational() -> None:
     assert reward(turns, parts) == plain
     with pytest.raises(InputError, match="completions: expected one for each of 1 prompts, got 4"):
         reward(turns[:1], replies)
+    for size in (0, True, 1.5):
+        with pytest.raises(InputError, match=f"batch_size: expected a whole number, at least 1, got {size}"):
+            cross_model_entropy(tiny_verifier(), batch_size=size)  # type: ignore[arg-type]
     assert reward.__name__ == "cross_model_entropy"
     bare = tiny_verifier()
     bare.tokenizer.chat_template = None

@@ -412,6 +412,9 @@ def test_what_has_no_meaning_is_refused_with_the_reason() -> None:
         with pytest.raises(InputError, match=f"reward.name: .*{mode} subtracts chances of success.*'self_certainty'"):
             small(credit={"name": "rredcot"}, reward={"name": "self_certainty"}, rredcot={"mode": mode})
     small(credit={"name": "rredcot"}, advantage={"name": "rloo"}, rredcot={"mode": "scale"})
+    small(credit={"name": "rredcot"}, reward={"name": "self_certainty"}, rredcot={"mode": "scale"})
+    with pytest.raises(InputError, match="mode: expected one of return_to_go, difference, scale, got 'bogus'"):
+        rredcot.segment_advantages("bogus", torch.ones(2), 1.0, 1.0)
     for changes, words in (
         ({"mode": "magic"}, "rredcot.mode: expected one of return_to_go"),
         ({"centre": "own"}, "rredcot.centre: expected one of none, others, got 'own'"),

@@ -45,7 +45,7 @@ def rl2ml(rewards_PG: Tensor, *, alpha: float = 1.0, baseline: str = "loo", thre
 
     Returns (P, G). Raises InputError for negative rewards, or an option out of its range.
     """
-    if not isinstance(alpha, int | float) or not 0 <= alpha < float("inf"):
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 <= alpha < float("inf"):
         raise InputError(f"alpha: expected a number, at least 0, got {alpha!r}")
     rewards_PG = floating(rewards_PG)
     success, scored = successes(rewards_PG, threshold)

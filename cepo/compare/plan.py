@@ -49,7 +49,7 @@ _DEFAULTS: dict[str, Any] = {
 _NEEDED = ("methods", "tasks", "seeds")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+]*")
 # What a method may not change, or it would be compared on other terms.
-_SHARED = ("policy", "task", "rollout", "train", "eval", "checkpoint", "backend", "run_dir")
+_SHARED = ("policy", "task", "rollout", "train", "eval", "checkpoint", "backend", "run_dir", "reward.success_threshold")
 _SET_HERE = {"train.seed": "seeds", "eval.split": "the kind of cell", "run_dir": "--out"}
 
 
@@ -263,8 +263,13 @@ def _configs(content: dict[str, Any], tuned: bool) -> dict[tuple[str, str], Conf
             own = _flat(where, changes, taken)
             for key in own:
                 section = key.partition(".")[0]
-                require(section not in _SHARED, where, "no section that all methods share", section)
-            configs[task, method] = _config(where, shared | own, own)
+                what = key if key in _SHARED else section
+                require(what not in _SHARED, where, "nothing that all methods share", what)
+            config = _config(where, shared | own, own)
+            for other in content["methods"]:
+                if configs.get((task, other)) == config:
+                    raise InputError(f"{where}: expected another config than methods.{other} on {task}, got the same")
+            configs[task, method] = config
     return configs
 
 

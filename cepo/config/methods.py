@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Literal
@@ -43,12 +44,16 @@ class RewardConfig:
                  f"none, since reward {self.name} is no function of yours", self.timeout_s)  # fmt: skip
         require(self.timeout_s is None or 0 < self.timeout_s < float("inf"), "reward.timeout_s", "a number above 0",
                  self.timeout_s)  # fmt: skip
+        require(math.isfinite(self.success_threshold), "reward.success_threshold", "a finite number",
+                 self.success_threshold)  # fmt: skip
         if self.name == "cross_model_entropy":
             self.verifier = self.verifier or "embedded"
         for name in ("verifier", "empty"):
             value = getattr(self, name)
             require(self.name == "cross_model_entropy" or value is None, f"reward.{name}",
                      f"none, since reward {self.name} has no such option", value)  # fmt: skip
+        finite = self.empty is None or math.isfinite(self.empty)
+        require(finite, "reward.empty", "a finite number, or null", self.empty)
 
 
 @dataclass
@@ -75,7 +80,8 @@ class AdvantageConfig:
             if name in takes and value is None:
                 setattr(self, name, takes[name].default)
         if isinstance(self.alpha, float | int):
-            require(0 <= self.alpha < float("inf"), "advantage.alpha", "auto or a number, at least 0", self.alpha)
+            good = not isinstance(self.alpha, bool) and 0 <= self.alpha < float("inf")
+            require(good, "advantage.alpha", "auto or a number, at least 0", self.alpha)
         if self.baseline is not None:
             one_of("advantage.baseline", self.baseline, ("loo", "none"))
 
@@ -115,6 +121,9 @@ class CreditConfig:
         require(0 <= self.eps_w < 1, "credit.eps_w", "a number in [0, 1)", self.eps_w)
 
 
+RREDCOT_MODES = ("return_to_go", "difference", "scale")
+
+
 @dataclass
 class RredcotConfig:
     """How credit `rredcot` splits a response and values its segments.
@@ -139,7 +148,7 @@ class RredcotConfig:
     cue: str | None = None
 
     def check(self) -> None:
-        one_of("rredcot.mode", self.mode, ("return_to_go", "difference", "scale"))
+        one_of("rredcot.mode", self.mode, RREDCOT_MODES)
         one_of("rredcot.centre", self.centre, ("none", "others"))
         require(self.centre == "none" or self.mode == "return_to_go", "rredcot.centre",
                  f"none with rredcot.mode {self.mode}", self.centre)  # fmt: skip

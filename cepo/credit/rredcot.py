@@ -25,6 +25,8 @@ from torch import Tensor
 
 from cepo import value
 from cepo.config import Config
+from cepo.config.checks import one_of
+from cepo.config.methods import RREDCOT_MODES
 from cepo.credit import TokenAdvantages
 from cepo.errors import InputError
 from cepo.metrics import mean
@@ -66,7 +68,10 @@ def segment_advantages(mode: str, values: Tensor, reward: float, advantage: floa
         values: (S,) v at the starts of the segments.
         reward, advantage: the rollout's; the advantage matters to `scale` alone.
         baseline: subtracted in `return_to_go`; may depend on other rollouts, never on this one.
+
+    Raises InputError for another mode.
     """
+    one_of("mode", mode, RREDCOT_MODES)
     moved = redistribute(values, reward)
     if mode == "difference":
         return moved

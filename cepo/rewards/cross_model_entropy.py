@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cepo.config import Config, PolicyConfig
+from cepo.config.checks import require
 from cepo.errors import InputError
 from cepo.policy import Policy, load_policy, make_policy, response_states, token_op, tokens_of
 from cepo.prompts import Prompt, content_of
@@ -74,8 +75,10 @@ def cross_model_entropy(
         backend: of cepo_kernels.
 
     Returns `f(prompts, completions, completion_ids=None, **columns) -> list[float | None]`, with TRL's arguments, plain
-    or conversational. Raises InputError if the verifier cannot be loaded.
+    or conversational. Raises InputError if the verifier cannot be loaded, or for a bad batch_size.
     """
+    whole = type(batch_size) is int and batch_size >= 1
+    require(whole, "batch_size", "a whole number, at least 1", batch_size)
     judge = load_verifier(verifier) if isinstance(verifier, str) else verifier
     if random_weights:
         judge = _with_random_weights(judge)
