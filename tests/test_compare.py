@@ -11,6 +11,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,12 +22,12 @@ from tiny import one_thread  # noqa: F401
 
 from cepo import checkpoint, metrics, trainer
 from cepo.cli import main, parse
-from cepo.compare import cells, command
+from cepo.compare import cells, command, files
 from cepo.compare import plan as planning
 from cepo.compare.cells import Record, Store
 from cepo.compare.plan import Cell, Plan, load
 from cepo.compare.results import chosen, summarise
-from cepo.config import Config, TrainConfig
+from cepo.config import Config, RewardConfig, TaskConfig, TrainConfig
 from cepo.parts import Parts
 
 ROOT = Path(__file__).parent.parent
@@ -399,6 +400,68 @@ def test_cells_of_another_configuration_are_refused_or_replaced(
     assert main(["compare", changed, "--out", str(tmp_path / "out"), "--redo"]) == 1
     assert store.get(load(changed).final("addition", "cepo", 3e-4, 1)) is not None
     assert not directory.exists()
+
+
+def test_a_file_that_changes_makes_other_cells_of_those_that_read_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reward, lines = tmp_path / "r.py", tmp_path / "task.jsonl"
+    reward.write_text("def f(**_):\n    return None\n")
+    lines.write_text("{}")
+    methods = {"grpo": {"credit": {"name": "uniform"}}, "own": {"reward": {"name": f"{reward}:f"}}}
+    tasks = {"addition": {}, "lines": {"task": {"name": f"jsonl:{lines}"}}}
+    path, out = write(tmp_path, {**SMALL, "methods": methods, "tasks": tasks}), tmp_path / "out"
+    plan, store = load(path), Store(tmp_path / "out")
+
+    def finals() -> list[Cell]:
+        return [plan.final(task, method, 3e-4, 0) for task in tasks for method in methods]
+
+    def current() -> list[bool]:
+        return [store.get(cell) is not None for cell in finals()]
+
+    before = finals()
+    for cell in before:
+        fake(store, cell, 0.6)
+    monkeypatch.setattr(trainer, "train", lambda *_: 1 / 0)
+    begun = plan.final("addition", "own", 3e-4, 1)  # it leaves its run, and a result that is taken away
+    assert "ZeroDivisionError" in cells.run(begun, store, False)["error"]
+    store.path(begun).unlink()
+    assert store.stale(plan.final("addition", "own", 3e-4, 1)) is None
+    reward.write_text("def f(**_):\n    return [1.0]\n")
+    assert current() == [True, False, True, False]
+    message = refused(capsys, "compare", path, "--out", str(out), "--report-only")
+    assert f"got 3 of another configuration, the first {out}/cells/addition-own-lr0.0003-seed0.json" in message
+    assert f"(content of reward.name: '{before[1].files['reward.name']}', now '" in message
+    left = store.stale(plan.final("addition", "own", 3e-4, 1))
+    assert str(left).startswith(f"{out / begun.directory} (content of reward.name: ")
+    lines.write_text("{}\n")
+    assert current() == [True, False, False, False]
+    assert "content of task.name" in str(store.stale(finals()[2]))
+    reward.unlink()
+    assert str(store.stale(finals()[1])).endswith("now None)")
+    assert {after.hash for after in finals()} & {cell.hash for cell in before} == {before[0].hash}
+
+
+def test_a_module_s_file_is_the_one_that_would_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(reward=RewardConfig("mine.scores:f"), task=TaskConfig())
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    seen = [files.digests(config)]  # type: ignore[arg-type]
+    for name, text in (("mine/scores.py", "f = 1"), ("mine/scores.py", "f = 10"), ("mine/scores/__init__.py", "f = 1")):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+        assert files.digests(config) == seen[-1], "what this process imported"  # type: ignore[arg-type]
+        files._of_module.cache_clear()
+        seen.append(files.digests(config))  # type: ignore[arg-type]
+    assert seen[0] == {"reward.name": None}
+    assert seen[1] == seen[3] != seen[2]
+    assert files.digests(Config()) == {}
+
+
+def test_kept_cells_are_those_of_their_plan() -> None:
+    results = ROOT / "benchmarks" / "results" / "addition_more"
+    plan, store = load(ROOT / "examples" / "compare" / "addition_more.yaml"), Store(results)
+    assert {c.name for c in plan.every() if store.get(c)} == {file.stem for file in (results / "cells").glob("*.json")}
 
 
 def command_dump(plan: Plan) -> str:

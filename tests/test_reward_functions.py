@@ -123,7 +123,10 @@ def test_options_that_do_not_belong_are_refused() -> None:
         ({"name": "a:b", "empty": 1.0}, "reward.empty: expected none"),
         ({"success_threshold": float("nan")}, "reward.success_threshold: expected a finite number, got nan"),
         ({"success_threshold": float("-inf")}, "reward.success_threshold: expected a finite number, got -inf"),
-        ({"name": "cross_model_entropy", "empty": float("nan")}, "reward.empty: expected a finite number, or null, got"),
+        (
+            {"name": "cross_model_entropy", "empty": float("nan")},
+            "reward.empty: expected a finite number, or null, got",
+        ),
         ({"name": "no_such"}, "reward.name: expected one of .*package.module:function, got 'no_such'"),
     ):
         with pytest.raises(InputError, match=message):

@@ -1,6 +1,7 @@
 """One cell of a comparison: a normal run directory, and one small JSON of its numbers that outlives it.
 
-OUT/<task>/<method>/lr<rate>-seed<seed>/     the run; its checkpoints go once the numbers are written
+OUT/<task>/<method>/lr<rate>-seed<seed>/     the run; its checkpoints go once the numbers are written; files.json has
+                                             the digests of the files that its config names, if there are any
 OUT/cells/<task>-<method>-lr<rate>-seed<seed>.json
 """
 
@@ -38,6 +39,7 @@ from cepo.tasks import Problem
 
 Record = dict[str, Any]
 FOLDER = "cells"
+FILES = "files.json"
 
 
 class Store:
@@ -56,7 +58,8 @@ class Store:
 
     def put(self, cell: Cell, values: Record) -> Record:
         record = {"cell": cell.name, "kind": cell.kind, "task": cell.task, "method": cell.method, "lr": cell.lr,
-                  "seed": cell.seed, "hash": cell.hash, "config": asdict(cell.config), **values}  # fmt: skip
+                  "seed": cell.seed, "hash": cell.hash, "config": asdict(cell.config), "files": cell.files,
+                  **values}  # fmt: skip
         self.path(cell).parent.mkdir(parents=True, exist_ok=True)
         with checkpoint.replacing(self.path(cell)) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
@@ -69,7 +72,9 @@ class Store:
             return f"{self.path(cell)} ({difference})"
         if file.is_file():
             left = identity(yaml.safe_load(file.read_text()) or {})
-            if difference := _difference(left, cell.content, defaults()):
+            files = self.out / cell.directory / FILES
+            began = json.loads(files.read_text()) if files.is_file() else {}
+            if difference := _difference(left, cell.content, defaults()) or _of_files(began, cell):
                 return f"{file.parent} ({difference})"
         return None
 
@@ -77,6 +82,7 @@ class Store:
     def _other(record: Record, cell: Cell) -> str | None:
         """How a record's configuration differs from a cell's; by its values too, as a default may have changed."""
         difference = _difference(identity(record["config"]), cell.content, defaults())
+        difference = difference or _of_files(record.get("files", {}), cell)
         return difference or (None if record["hash"] == cell.hash else "pass_at")
 
     def discard(self, cell: Cell) -> None:
@@ -100,6 +106,8 @@ class Store:
 def _is_sound(record: Any) -> TypeGuard[Record]:
     """Whether a record has what decides whose it is, and accuracies."""
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict) or "hash" not in record:
+        return False
+    if not isinstance(record.get("files", {}), dict):
         return False
     curve = record.get("curve")
     return "error" in record or (
@@ -153,6 +161,9 @@ def _train(cell: Cell, directory: Path) -> Record:
         if not exists:
             checkpoint.create_run(str(directory), "", lambda _: dump(config))
             held.enter_context(checkpoint.lock(directory))
+            if cell.files:
+                with checkpoint.replacing(directory / FILES) as temporary:
+                    temporary.write_text(json.dumps(cell.files) + "\n")
         before = [] if start is None else metrics.read(directory)
         spent = sum(_seconds(record) for record in before if record["step"] <= done)
         with threads(parts.policy, config.policy.threads):
@@ -256,6 +267,11 @@ def _source() -> str:
         for file in sorted([*folder.rglob("*.py"), *folder.rglob("*.so")]):
             found.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     return found.hexdigest()[:16]
+
+
+def _of_files(digests: Mapping[str, Any], cell: Cell) -> str | None:
+    """The first file that is not what it was when a cell was run."""
+    return _difference(digests, cell.files, {}, "content of ")
 
 
 def _difference(

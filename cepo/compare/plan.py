@@ -23,13 +23,14 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cepo import cli
+from cepo.compare.files import digests
 from cepo.config import Config
 from cepo.config.checks import check_seed, one_of, require
 from cepo.config.effects import require_effect
@@ -62,6 +63,8 @@ class Cell:
     method: str
     config: Config
     pass_at: Mapping[str, int] | None
+    files: Mapping[str, str | None] = field(default_factory=dict)
+    """Digests of those that its config names, as they were when the cell was made."""
 
     @property
     def lr(self) -> float:
@@ -90,7 +93,7 @@ class Cell:
 
     @property
     def hash(self) -> str:
-        return digest([self.content, self.pass_at])
+        return digest([self.content, self.pass_at, *([self.files] if self.files else [])])
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class Plan:
             config.eval.split, config.eval.every = "validation", 0
         else:
             config.eval.split, config.eval.problems = "test", self.test_problems
-        return Cell(kind, task, method, config, None if kind == "tuning" else self.pass_at)
+        return Cell(kind, task, method, config, None if kind == "tuning" else self.pass_at, digests(config))
 
 
 @functools.cache
