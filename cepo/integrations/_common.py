@@ -29,7 +29,7 @@ def check_options(options: Any, credits: Sequence[str] = CREDITS) -> None:
     """Raise InputError for the first bad one of `options`, and fill in what is None as published."""
     for names, kinds, expected in _KINDS:
         for name in names:
-            value = getattr(options, name, None)
+            value: Any = getattr(options, name, None)
             good = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
             if good and kinds == int | float:
                 good = abs(value) <= sys.float_info.max

@@ -17,11 +17,11 @@ _THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 
 def stated(value: Any) -> str | None:
     """An answer in the data as a text; None if it is neither a non-empty text nor a finite number."""
-    if isinstance(value, bool) or not isinstance(value, str | Real):
-        return None
     if isinstance(value, str):
         return value if value.strip() else None
-    return str(value) if abs(value) < math.inf else None  # math.isfinite does not take every integer
+    bad = isinstance(value, bool) or not isinstance(value, Real)
+    # math.isfinite does not take every integer.
+    return None if bad or value != value or value in (math.inf, -math.inf) else str(value)
 
 
 def final_answer(completion: str) -> str | None:
