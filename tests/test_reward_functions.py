@@ -61,6 +61,7 @@ def test_it_gets_what_trl_would_give(tmp_path: Path, keyword: str, timeout: floa
         (torch.tensor(1.0), "expected a list of 2 rewards, got a float"),
         ([1.0, "2"], "expected finite numbers or None, got '2' for completion 1"),
         ([1.0, -math.inf], "expected finite numbers or None, got -inf for completion 1"),
+        ([1.0, -(10**5000)], "expected finite numbers or None, got -inf for completion 1"),
         ([1.0, [2.0]], "expected finite numbers or None, got [2.0] for completion 1"),
         ([1.0, np.array([1.0, 2.0])], "expected finite numbers or None, got array([1., 2.]) for completion 1"),
     ],
@@ -81,6 +82,10 @@ def test_its_answer_is_checked(tmp_path: Path, values: Any, expected: Any) -> No
     [
         ("def f(**columns):\n    raise KeyError('x\\ny')", r"r.py:f: raised KeyError: 'x\\ny'"),
         ("def f(**columns):\n    raise SystemExit(3)", "r.py:f: raised SystemExit: 3"),
+        (
+            "import asyncio\n\nasync def f(**columns):\n    raise asyncio.CancelledError",
+            "r.py:f: raised CancelledError: ",
+        ),
         ("def f(prompts):\n    return []", "r.py:f: raised TypeError: .*unexpected keyword"),
         ("def g(**columns):\n    pass", "reward.name: cannot load '.*r.py:f': AttributeError: .* 'f'"),
         ("f = 3", "reward.name: expected '.*r.py:f' to be a function, got a int"),

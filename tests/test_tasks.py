@@ -148,6 +148,11 @@ def test_a_final_answer_must_be_marked_or_stand_alone(completion, answer):
     ("a", "b", "same"),
     [
         ("1,000", "1000.0", True),
+        (" -1,234,567.5", "-1234567.50", True),
+        ("1,2", "12", False),
+        ("3,14", "314", False),
+        ("1,0000", "10000", False),
+        ("1_0", "10", False),
         ("1/2", "0.5", True),
         ("Paris ", "paris", True),
         ("a  b", "A b", True),
@@ -251,8 +256,11 @@ def test_a_jsonl_file_that_is_not_utf8_names_its_line(tmp_path):
         ('{"prompt": "1", "answer": "\\udc00"}', "surrogate"),
         ("[" * 200_000, "JSON object"),
         ('{"prompt": "1", "answer": %s}' % ("7" * 6000), "JSON object"),
+        ('{"prompt": "1", "answer": NaN}', "a number, got nan"),
+        ('{"prompt": "1", "answer": -Infinity}', "a number, got -inf"),
+        ('{"prompt": "1", "answer": 1e400}', "a number, got inf"),
     ],
-    ids=["prompt", "answer", "deep", "digits"],
+    ids=["prompt", "answer", "deep", "digits", "nan", "infinity", "overflow"],
 )
 def test_a_line_that_python_cannot_take_is_told_by_number(tmp_path, line, words):
     with pytest.raises(ValueError, match=f"file.jsonl, line 2: expected .*{words}") as error:

@@ -6,7 +6,9 @@ Run as a script, by torchrun, it is one of several processes that train together
 from __future__ import annotations
 
 import copy
+import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -292,9 +294,27 @@ def test_a_hint_goes_into_the_last_user_turn() -> None:
         ({"eps_w": 1.0}, r"^eps_w: expected a number in \[0, 1\), got 1"),
         ({"lam_steps": -1}, "^lam_steps: expected at least 0, got -1"),
         ({"credit": "x"}, "^credit: expected one of cepo, rlsd, uniform, rredcot, got 'x'"),
-        ({"credit": "rredcot", "lam": 0.0}, "^lam: expected the default, as credit rredcot has no teachers.*got 0.0"),
-        ({"credit": "rredcot", "eps_w": 0.2}, "^eps_w: expected the default, .*got 0.2"),
-        ({"credit": "rredcot", "hint": "{prompt} {answer}"}, "^hint: expected the default, "),
+        ({"lam": "0.5"}, "^lam: expected a finite number, got '0.5'"),
+        ({"lam_steps": 2.5}, "^lam_steps: expected a whole number or None, got 2.5"),
+        ({"success_threshold": math.nan}, "^success_threshold: expected a finite number, got nan"),
+        ({"success_threshold": "1"}, "^success_threshold: expected a finite number, got '1'"),
+        ({"answer_column": 3}, "^answer_column: expected a text or None, got 3"),
+        ({"skip_teachers": "no"}, "^skip_teachers: expected True or False, got 'no'"),
+        ({"credit": "rredcot", "rredcot_keywords": [3]}, r"^rredcot_keywords: expected a list of texts, got \[3\]"),
+        (
+            {"credit": "rredcot", "lam": 0.0},
+            "^lam: expected 0.5, the default, as it has no effect with credit rredcot, got 0.0",
+        ),
+        ({"credit": "rredcot", "eps_w": 0.2}, "^eps_w: expected 0.0, the default, .*got 0.2"),
+        ({"credit": "rredcot", "hint": "{prompt} {answer}"}, "^hint: expected .*, the default, "),
+        ({"rredcot_mode": "x"}, "^rredcot_mode: expected one of return_to_go, difference, scale, got 'x'"),
+        (
+            {"rredcot_mode": "scale"},
+            "^rredcot_mode: expected 'return_to_go', the default, as it has no effect with credit cepo, got 'scale'",
+        ),
+        ({"credit": "uniform", "lam": 0.9}, "^lam: expected 0.5, the default, .* with credit uniform, got 0.9"),
+        ({"credit": "uniform", "template": "splice"}, "^template: expected 'hint', the default, .*got 'splice'"),
+        ({"splice": "{answer}"}, "^splice: expected .*, the default, as it has no effect with template hint, got '{an"),
         ({"credit": "rredcot", "rredcot_mode": "x"}, "^rredcot_mode: expected one of return_to_go, difference, scale"),
         (
             {"credit": "rredcot", "rredcot_mode": "scale", "rredcot_centre": "others"},
@@ -323,14 +343,27 @@ def test_what_does_not_fit_is_named(tmp_path: Path, options: dict[str, Any], mes
 
 
 def test_answers_that_are_missing_are_named(tmp_path: Path) -> None:
-    blank = make(tmp_path, data=[{"prompt": prompt("1+2"), "answer": " "}] * 8, credit="rredcot")
-    with pytest.raises(InputError, match=r"credit: rredcot needs the answer of every problem, '1\+2' has none"):
-        step(blank, [{"prompt": prompt("1+2"), "answer": " "}] * 2)
+    trainer = make(tmp_path)
+    for value in (" ", ["7"], math.nan, True):
+        message = rf"answer_column: .*, a text or a number, in column answer, got {re.escape(repr(value))}$"
+        with pytest.raises(InputError, match=message):
+            step(trainer, [{"prompt": prompt("1+2"), "answer": value}] * 2)
     trainer = make(tmp_path, data=[{"prompt": prompt("1+2"), "answer": None}] * 8)
     with pytest.raises(InputError, match="in column answer or solution, got"):
         trainer.train()
     with pytest.raises(TypeError, match="args: expected a CEPOConfig, got GRPOConfig"):
         CEPOTrainer(tiny_policy().model, lucky, GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+@pytest.mark.parametrize(("credit", "metric"), [("cepo", "evidence_right"), ("rredcot", "value_outcome")])
+def test_a_weighted_sum_is_right_up_to_its_rounding(tmp_path: Path, credit: str, metric: str) -> None:
+    weights = [0.1, 0.35, 0.35, 0.2]  # as float32 they sum to less than 1
+    trainer = make(
+        tmp_path, reward=[correct] * 4, reward_weights=weights, credit=credit, more={"rollout_func": say(RIGHT, WRONG)}
+    )
+    step(trainer, DATA[:2])
+    found = trainer._metrics["train"][f"cepo/{metric}"][0]
+    assert found == (0.5 if credit == "rredcot" else pytest.approx(found))  # NaN: none is right
 
 
 def test_published_settings_are_the_defaults(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +38,16 @@ def without_effect(config: Config) -> dict[str, str]:
     return {f"{section}.{name}": why for section, names, read, why in reversed(rules) if not read for name in names}
 
 
-def require_effect(config: Config, kept: Config | None = None, among: Collection[str] | None = None) -> None:
+def require_effect(
+    config: Config,
+    kept: Config | None = None,
+    among: Collection[str] | None = None,
+    named: Callable[[str], str] = str,
+) -> None:
     """Raise InputError for an option without an effect whose value is neither its default nor the one of `kept`.
 
     among: names of the options that are looked at; None: all.
+    named: what an option, and the reason that nothing reads it, are called in the error.
     """
     for name, why in without_effect(config).items():
         section, _, key = name.partition(".")
@@ -51,4 +57,4 @@ def require_effect(config: Config, kept: Config | None = None, among: Collection
         fine = [getattr(usual, key), *([] if kept is None else [getattr(getattr(kept, section), key)])]
         if among is None or name in among:
             got = getattr(part, key)
-            require(got in fine, name, f"{fine[0]!r}, the default, as it has no effect with {why}", got)
+            require(got in fine, named(name), f"{fine[0]!r}, the default, as it has no effect with {named(why)}", got)

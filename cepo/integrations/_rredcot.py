@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cepo.config import CreditConfig, RredcotConfig, TeacherConfig
+from cepo.config import RredcotConfig
+from cepo.config.checks import require
 from cepo.errors import InputError
 from cepo.policy import Policy, make_policy
 from cepo.value import CUE, asked, cut, values_at
@@ -33,25 +34,17 @@ class Valued(NamedTuple):
 
 
 def read_options(args: Any) -> RredcotConfig:
-    """What `args`, a `CEPOConfig`, says of it. Raises InputError for what is bad, or would have no effect."""
-    for section, names in ((CreditConfig(), ("lam", "lam_steps", "eps_w")),
-                           (TeacherConfig(), ("template", "hint", "splice"))):  # fmt: skip
-        for name in names:
-            if getattr(args, name) != getattr(section, name):
-                raise InputError(
-                    f"{name}: expected the default, as credit rredcot has no teachers and no weight to mix or clip, "
-                    f"got {getattr(args, name)!r}"
-                )
+    """What `args`, a `CEPOConfig`, says of it. Raises InputError for what is bad, or does not go with it."""
     given = {name: getattr(args, f"rredcot_{name}") for name in OPTIONS}
     for name in ("separators", "keywords"):
-        if isinstance(given[name], str):
-            raise InputError(f"rredcot_{name}: expected a list of texts, got {given[name]!r}")
+        texts = isinstance(given[name], list | tuple) and all(isinstance(text, str) for text in given[name])
+        require(given[name] is None or texts, f"rredcot_{name}", "a list of texts", given[name])
     config = RredcotConfig(**{name: value for name, value in given.items() if value is not None})
     try:
         config.check()
     except InputError as error:  # theirs are fields of a section
         raise InputError(str(error).replace("rredcot.", "rredcot_")) from error
-    if config.mode != "scale":
+    if args.credit == "rredcot" and config.mode != "scale":
         for name, fine in (("scale_rewards", ("group", "none")),
                            ("multi_objective_aggregation", ("sum_then_normalize",))):  # fmt: skip
             if getattr(args, name) not in fine:
@@ -99,10 +92,8 @@ def segment_values(
         texts: the prompts', for errors.
 
     Raises:
-        InputError: no answer, or no room for it in the model's context.
+        InputError: no room for an answer in the model's context.
     """
-    if empty := [text for text, answer in zip(texts, answers, strict=True) if not answer.strip()]:
-        raise InputError(f"credit: rredcot needs the answer of every problem, {empty[0][:40]!r} has none")
     policy, config = valuing
     options: dict[str, Any] = {"temperature": temperature, **policy.logit_options}
     starts = cut(policy, config, prompts, responses, **options)

@@ -26,11 +26,11 @@ from cepo.config import HINT, SPLICE
 from cepo.credit import lam_at
 from cepo.credit.rredcot import mean_of_others, redistribute, segment_advantages
 from cepo.errors import InputError
-from cepo.integrations._common import CREDITS, check_options
+from cepo.integrations._common import CREDITS, check_effects, check_options, right_and_wrong
 from cepo.integrations._rredcot import Valued, Valuing, check_rewards, read_options, segment_values, valuing_policy
 from cepo.policy import context_length
 from cepo.prompts import hinted
-from cepo.tasks._answers import final_answer, same_answer
+from cepo.tasks._answers import final_answer, same_answer, stated
 from cepo.teacher import WrongAnswer, wrong_answer
 from cepo_kernels import contrastive_credit
 
@@ -100,10 +100,8 @@ class CEPOConfig(GRPOConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.credit == "rredcot":
-            read_options(self)
-        else:
-            check_options(self, (*CREDITS, "rredcot"))
+        check_options(self, (*CREDITS, "rredcot"))
+        check_effects(self, read_options(self))
 
 
 class Scored(NamedTuple):
@@ -116,7 +114,10 @@ class Scored(NamedTuple):
     completions: Sequence[Any]
     completion_ids: Sequence[Sequence[int]]
     rewards: Tensor
-    """(W,), the weighted sum; NaN: not scored."""
+    """(W,) float64, the weighted sum; NaN: not scored."""
+    right: Tensor
+    wrong: Tensor
+    """(W,), whether it reaches `success_threshold`, or does not."""
 
 
 class Contexts(NamedTuple):
@@ -161,14 +162,15 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._scored: Scored | None = None
         self._valuing: Valuing | None = self._make_valuing() if args.credit == "rredcot" else None
         if (self._teachers or self._valuing) and (columns := getattr(self.train_dataset, "column_names", None)):
-            self._right_answer(dict.fromkeys(columns, ""))
+            self._right_answer(dict.fromkeys(columns, "any"))
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         per_function: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
+        rewards = (per_function.double() * self.reward_weights.to(per_function.device)).nansum(dim=1)
         rewards[per_function.isnan().all(dim=1)] = float("nan")
         first = self.accelerator.process_index * len(prompts)
-        self._scored = Scored(first, inputs, prompts, completions, completion_ids_list, rewards)
+        right, wrong = right_and_wrong(rewards, self.args.success_threshold)
+        self._scored = Scored(first, inputs, prompts, completions, completion_ids_list, rewards, right, wrong)
         return per_function
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
@@ -231,12 +233,12 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
         output["advantages"] = credit.advantages
 
         tokens = mask & live[:, None] & output.get("tool_mask", mask).bool()
-        rewards = scored.rewards[scored.first : scored.first + len(right), None]
+        mine = slice(scored.first, scored.first + len(right))
         means: dict[str, tuple[Any, Tensor]] = {
             "weight": (credit.weight, tokens),
             "weight_clipped": ((credit.weight - 1).abs() >= self.args.eps_w * (1 - 1e-6), tokens),
-            "evidence_right": (credit.evidence, tokens & (rewards >= self.args.success_threshold)),
-            "evidence_wrong": (credit.evidence, tokens & (rewards < self.args.success_threshold)),
+            "evidence_right": (credit.evidence, tokens & scored.right[mine, None]),
+            "evidence_wrong": (credit.evidence, tokens & scored.wrong[mine, None]),
         }
         if "negative" in self._teachers:
             last_line = [chosen is not None and chosen.last_line for chosen in wrong]
@@ -260,7 +262,8 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
     def _add_segment_credit(self, valuing: Valuing, output: dict[str, Any], scored: Scored) -> None:
         """Put the (B, T) advantages of `rredcot` into `output`; 0 where there is no reward."""
         config, mask, given = valuing.config, output["completion_mask"].bool(), output["advantages"]
-        rewards = scored.rewards[scored.first : scored.first + len(given)]
+        own = slice(scored.first, scored.first + len(given))
+        rewards = scored.rewards[own]
         live = mask.any(dim=1) & ~rewards.isnan()
         if config.mode == "scale" and self.args.skip_teachers:
             live &= given != 0
@@ -277,7 +280,7 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 self.args.temperature,
             )
             found.update(zip(some, valued, strict=True))
-        reward, right = rewards.tolist(), (rewards >= self.args.success_threshold).tolist()
+        reward, right = rewards.tolist(), scored.right[own].tolist()
         gains: dict[int, float] = {}
         if config.centre == "others":  # who may be in another process
             mine = [reward[b] - found[b].values[0].item() if b in found else None for b in range(len(reward))]
@@ -303,8 +306,13 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
     def _right_answer(self, example: dict[str, Any]) -> str:
         wanted = ANSWER_COLUMNS if self.args.answer_column is None else (self.args.answer_column,)
         for name in wanted:
-            if example.get(name) is not None:
-                return str(example[name])
+            if (value := example.get(name)) is None:
+                continue
+            if (answer := stated(value)) is None:
+                raise InputError(
+                    f"answer_column: expected the right answer, a text or a number, in column {name}, got {value!r:.80}"
+                )
+            return answer
         raise InputError(
             f"answer_column: expected the right answer in column {' or '.join(wanted)}, got {sorted(example)}, "
             "where it is missing or None (remove_unused_columns would drop it)"
@@ -322,7 +330,7 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 for completion, ids in zip(scored.completions, scored.completion_ids, strict=True)
             ]
         )
-        rewards = scored.rewards.tolist()
+        rewards, missed = scored.rewards.tolist(), scored.wrong.tolist()
 
         @cache
         def of_group(group: int, answer: str) -> tuple[int, WrongAnswer | None]:
@@ -330,7 +338,7 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
             longest = max(everyone[m][1] for m in members)
             if "negative" not in self._teachers:
                 return longest, None
-            usable = [m for m in members if rewards[m] < self.args.success_threshold and everyone[m][2]]
+            usable = [m for m in members if missed[m] and everyone[m][2]]
             return longest, wrong_answer(
                 self._tokenizer,
                 self._parse_answer,

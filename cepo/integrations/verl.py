@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,9 @@ from cepo import axes
 from cepo.config import HINT, SPLICE
 from cepo.credit import lam_at
 from cepo.errors import InputError, one_line
-from cepo.integrations._common import check_options
+from cepo.integrations._common import check_effects, check_options, right_and_wrong
 from cepo.prompts import hinted
-from cepo.tasks._answers import final_answer, same_answer
+from cepo.tasks._answers import final_answer, same_answer, stated
 from cepo.teacher import WrongAnswer, wrong_answer
 from cepo_kernels import contrastive_credit
 
@@ -105,6 +104,7 @@ def read_options(section: Mapping[str, Any] | None) -> CEPOOptions:
     except OmegaConfBaseException as error:
         raise InputError(f"{SECTION}: expected the fields of CEPOOptions, got: {one_line(error)}") from error
     check_options(options)
+    check_effects(options)
     for name in ("parse_answer", "accepts"):
         _imported(name, getattr(options, name))
     return options
@@ -168,7 +168,8 @@ class TokenCredit:
         if not rows:
             return {}
         rollouts = _Rollouts(data)
-        scores = batch["token_level_scores"].sum(dim=-1)
+        scores = batch["token_level_scores"].double().sum(dim=-1)
+        success, failure = right_and_wrong(scores, options.success_threshold)
         right = {b: self._right_answer(data, b) for b in rows}
         positive = {b: self._context_of(data, rollouts, b, right[b]) for b in rows}
         negative: dict[int, list[int]] = {}
@@ -186,7 +187,8 @@ class TokenCredit:
                 continue
             key = data.non_tensor_batch["uid"][b]
             if key not in groups:
-                groups[key] = self._wrong_answer(rollouts, group, scores.tolist(), mask, right[b])
+                missed = [m for m in group if failure[m]]
+                groups[key] = self._wrong_answer(rollouts, missed, scores.tolist(), mask, right[b])
             wrong[b] = chosen = groups[key]
             if chosen is not None:
                 ids = self._context_of(data, rollouts, b, chosen.answer)
@@ -208,12 +210,11 @@ class TokenCredit:
         if lam > 0:
             batch["advantages"] = torch.where(tokens, credit.advantages.to(advantages.dtype), advantages)
 
-        success = (scores >= options.success_threshold)[:, None]
         means = {
             "weight": (credit.weight, tokens),
             "weight_clipped": ((credit.weight - 1).abs() >= (options.eps_w or 0.0) * (1 - 1e-6), tokens),
-            "evidence_right": (credit.evidence, tokens & success),
-            "evidence_wrong": (credit.evidence, tokens & ~success),
+            "evidence_right": (credit.evidence, tokens & success[:, None]),
+            "evidence_wrong": (credit.evidence, tokens & failure[:, None]),
         }
         metrics = {name: value[at].double().mean().item() for name, (value, at) in means.items() if at.any()}
         if "negative" in self.teachers:
@@ -232,23 +233,23 @@ class TokenCredit:
         value = None if values is None else values[b]
         if column is None:
             value = value.get("ground_truth") if isinstance(value, Mapping) else None
-        if not isinstance(value, str | Real):
+        if (answer := stated(value)) is None:
             where = "ground_truth of column reward_model" if column is None else f"column {column}"
             raise InputError(
                 f"answer_column: expected the right answer, a text or a number, in {where}, got {value!r}; the columns "
                 f"are {sorted(data.non_tensor_batch)}"
             )
-        return str(value)
+        return answer
 
     def _wrong_answer(
-        self, rollouts: _Rollouts, group: Sequence[int], scores: Sequence[float], mask: Tensor, right: str
+        self, rollouts: _Rollouts, missed: Sequence[int], scores: Sequence[float], mask: Tensor, right: str
     ) -> WrongAnswer | None:
-        """r- of a group, from the tokens that the policy wrote itself."""
+        """r- of a group, of which `missed` were wrong, from the tokens that the policy wrote itself."""
         usable = [
-            b for b in group
-            if scores[b] < self.options.success_threshold and rollouts.final[b] and rollouts.responses[b]
-            and rollouts.responses[b][-1] in self._eos_ids
-        ]  # fmt: skip
+            b
+            for b in missed
+            if rollouts.final[b] and rollouts.responses[b] and rollouts.responses[b][-1] in self._eos_ids
+        ]
         written = [
             [token for token, own in zip(rollouts.responses[b], mask[b].tolist(), strict=False) if own] for b in usable
         ]

@@ -80,7 +80,9 @@ def _imported(name: str) -> Callable[..., Any]:
         else:
             found = importlib.import_module(module)
         function = getattr(found, attribute)
-    except (Exception, SystemExit) as error:  # it is a program of its own
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # it is a program of its own
         why = f"{type(error).__name__}: {one_line(error)[:300]}"
         raise InputError(f"reward.name: cannot load {name!r}: {why}") from error
     finally:
@@ -92,15 +94,16 @@ def _imported(name: str) -> Callable[..., Any]:
 
 def _within(seconds: float | None, name: str, call: Callable[[], Any]) -> Any:
     """What `call` returns, an awaitable awaited. Raises InputError if it raises, or has not returned in time."""
-    box: list[Any] = []
+    value: Any = None
+    failed: BaseException | None = None
 
     def run() -> None:
+        nonlocal value, failed
         try:
             value = call()
-            box.append(asyncio.run(value) if inspect.iscoroutine(value) else value)
-        except (Exception, SystemExit) as error:
-            box.append(InputError(f"reward {name}: raised {type(error).__name__}: {one_line(error)[:300]}"))
-            box[0].__cause__ = error
+            value = asyncio.run(value) if inspect.iscoroutine(value) else value
+        except BaseException as error:  # CancelledError and SystemExit are none of Exception
+            failed = error
 
     if seconds is None:
         run()
@@ -111,9 +114,12 @@ def _within(seconds: float | None, name: str, call: Callable[[], Any]) -> Any:
         thread.join(seconds)
         if thread.is_alive():
             raise InputError(f"reward {name}: expected its rewards within reward.timeout_s = {seconds:g} s, got none")
-    if isinstance(box[0], InputError):
-        raise box[0]
-    return box[0]
+    if isinstance(failed, KeyboardInterrupt):
+        raise failed
+    if failed is not None:
+        why = f"{type(failed).__name__}: {one_line(failed)[:300]}"
+        raise InputError(f"reward {name}: raised {why}") from failed
+    return value
 
 
 def _checked(name: str, values: Any, n: int) -> list[float | None]:
@@ -125,6 +131,8 @@ def _checked(name: str, values: Any, n: int) -> list[float | None]:
     rewards: list[float | None] = []
     for b, value in enumerate(values):
         number = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(number, int) and abs(number) > sys.float_info.max:
+            value = number = math.inf if number > 0 else -math.inf
         if number is not None and (not isinstance(number, int | float) or math.isinf(number)):
             raise InputError(f"reward {name}: expected finite numbers or None, got {value!r:.60} for completion {b}")
         rewards.append(None if number is None or math.isnan(number) else float(number))

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
+from numbers import Real
+from typing import Any
 
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _MARKED_LINE = re.compile(r"(?:####|\banswer(?:\s+is|\s*[:=]))\s*[:=]?\s*(\S.*?)\.?\s*$", re.IGNORECASE | re.MULTILINE)
+
+
+_THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+
+
+def stated(value: Any) -> str | None:
+    """An answer in the data as a text; None if it is neither a non-empty text nor a finite number."""
+    if isinstance(value, str):
+        return value if value.strip() else None
+    bad = isinstance(value, bool) or not isinstance(value, Real)
+    # math.isfinite does not take every integer.
+    return None if bad or value != value or value in (math.inf, -math.inf) else str(value)
 
 
 def final_answer(completion: str) -> str | None:
@@ -48,10 +63,13 @@ def same_answer(a: str, b: str) -> bool:
 
 
 def _number(text: str) -> Fraction | None:
+    text = text.strip()
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
     # Fraction would expand 1e999999999 digit by digit; no honest answer needs an exponent that large.
-    if len(text) > 100 or re.search(r"e[+-]?\d{4}", text, re.IGNORECASE):
+    if len(text) > 100 or "_" in text or re.search(r"e[+-]?\d{4}", text, re.IGNORECASE):
         return None
     try:
-        return Fraction(text.strip().replace(",", ""))
+        return Fraction(text)
     except (ValueError, ZeroDivisionError):
         return None

@@ -15,7 +15,7 @@ from cepo.errors import InputError
 from cepo.images import is_image, located
 from cepo.prompts import with_images
 from cepo.tasks import HELD_OUT, Problem, check_split
-from cepo.tasks._answers import final_answer, same_answer
+from cepo.tasks._answers import final_answer, same_answer, stated
 
 SPLITS = ("train", *HELD_OUT)
 FIELDS = ("prompt_key", "answer_key", "solution_key", "skip_bad", "max_new_tokens")
@@ -110,11 +110,12 @@ class Reading:
                 )
         else:
             answer = record[self.answer_key]
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+        told = stated(answer)
+        if told is None:
             raise ValueError(
                 f"{where}: expected {self.answer_key!r} to be a non-empty string or a number, got {answer!r}"
             )
-        made = Problem(prompt, str(answer), data)
+        made = Problem(prompt, told, data)
         try:
             text = made.text
         except InputError as error:  # an image that is not there
