@@ -144,8 +144,8 @@ def check_at_clip(backend: str, dtype: torch.dtype, kind: str) -> None:
     top = float({"forward_kl": of_p, "reverse_kl": of_q, "jsd": (of_p + of_q) / 2}[kind].max())
     sure, sure_teacher = student.clone(), teacher.clone()
     sure[0, 5], sure_teacher[0, 5] = 40.0, 40.25 if dtype == torch.bfloat16 else 40.02
-    order = torch.rand(32, 37, generator=torch.Generator().manual_seed(3)).argsort(1)
-    clips = [top * (1 + ulps * 2.0**-24) for ulps in (-4, -2, -1, 0, 1, 2, 4)]
+    order = torch.rand(8, 37, generator=torch.Generator().manual_seed(3)).argsort(1)
+    clips = [top * (1 + ulps * 2.0**-24) for ulps in (-2, 0, 2)]
     for one, other, clip in [(sure, sure_teacher, 0.0), *((student, teacher, clip) for clip in clips)]:
         rows = one[0, order].to(dtype), other[0, order].to(dtype)
         _, gradient = run(backend, *rows, kind=kind, clip=clip)
