@@ -450,9 +450,10 @@ def run_processes(folder: Path) -> None:
     torch.set_num_threads(1)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     policy = tiny_policy()
-    for credit in ("cepo", "rredcot"):
+    asking = {"rredcot_separators": ["#"], "rredcot_centre": "others", "rredcot_cue": "{answer}"}
+    for credit, options in (("cepo", {}), ("rredcot", asking)):
         config = CEPOConfig(
-            str(folder), credit=credit, rredcot_separators=["#"], rredcot_centre="others", rredcot_cue="{answer}",
+            str(folder), credit=credit, **options,
             report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no", max_steps=1,
             per_device_train_batch_size=1, gradient_accumulation_steps=6 // processes, num_generations=2, optim="sgd",
             shuffle_dataset=False, max_grad_norm=0.0, learning_rate=1.0, logging_steps=1, max_completion_length=8,
