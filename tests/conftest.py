@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from cepo_kernels import backends
+from cepo_kernels import backends, linear_products
 
 settings.register_profile("one-seed", derandomize=True, deadline=None, database=None, max_examples=25)
 settings.load_profile("one-seed")
@@ -64,6 +64,15 @@ def poisoned() -> Iterator[None]:
         patch.setattr(torch, "empty_strided", poison(torch.empty_strided))
         patch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
         yield
+
+
+@pytest.fixture(params=["one chunk", "many chunks"])
+def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small enough that rows, and the columns of a head of width 24, come in several pieces with a last one of another
+    size."""
+    if request.param == "many chunks":
+        monkeypatch.setattr(linear_products, "LOGITS_BYTES", 0)  # then 16 rows
+        monkeypatch.setattr(linear_products, "TILE_BYTES", 100 * 24 * 4)
 
 
 # Some of theirs take minutes: first, or one of several workers would be left alone with them at the end.

@@ -22,14 +22,6 @@ DTYPES = (torch.float64, *oracle.NATIVE)
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-@pytest.fixture(params=["one chunk", "many chunks"])
-def _chunks(request, monkeypatch):
-    """Small enough that rows, and the head's columns, come in several pieces with a last one of another size."""
-    if request.param == "many chunks":
-        monkeypatch.setattr(linear_products, "LOGITS_BYTES", 0)  # then 16 rows
-        monkeypatch.setattr(linear_products, "TILE_BYTES", 100 * WIDTH * 4)
-
-
 def inputs(dtype=torch.float32, bias=True, shape=(ROWS,)):
     hidden = [oracle.logits_like((*shape, WIDTH), seed, dtype, 1.0) for seed in (1, 2, 3)]
     weight = oracle.logits_like((VOCABULARY, WIDTH), 4, dtype, 0.4)
@@ -232,61 +224,6 @@ def test_without_a_row_a_frozen_heads_hidden_states_are_attached():
     assert policy.grad.shape == policy.shape
 
 
-def test_a_teacher_of_more_digits_keeps_them():
-    """Beside a policy and a head in bfloat16, whose products need not upcast where there are some of that dtype."""
-    hidden, weight, _, labels, advantages = inputs()
-    narrow = weight.bfloat16()
-    out = linear_contrastive_logprobs(hidden[0].bfloat16(), hidden[1], hidden[2].bfloat16(), narrow, labels, advantages)
-    want = linear_token_logprobs(hidden[1].double(), narrow.double(), labels)
-    torch.testing.assert_close(out.positive_logprobs.double(), want.logprobs, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("which", ["teacher", "bias"])
-def test_one_input_of_float64_makes_all_of_it_float64(which):
-    hidden, weight, bias, labels, advantages = inputs()
-    policy, teacher = hidden[0].clone().requires_grad_(), hidden[1]
-    teacher, bias = (teacher.double(), bias) if which == "teacher" else (teacher, bias.double())
-    out = linear_contrastive_logprobs(policy, teacher, None, weight, labels, advantages, lm_head_bias=bias)
-    for found, context in ((out.logprobs, policy), (out.positive_logprobs, teacher)):
-        want = linear_token_logprobs(context.double(), weight.double(), labels, lm_head_bias=bias.double())
-        torch.testing.assert_close(found, want.logprobs, rtol=1e-12, atol=1e-12)
-    out.logprobs.sum().backward()
-    assert policy.grad.dtype == torch.float32
-
-
-def test_meta_tensors_tell_shapes():
-    hidden, weight, _, labels, _ = inputs()
-    out = linear_token_logprobs(*(x.to("meta") for x in (hidden[0], weight, labels)))
-    assert out.logprobs.shape == labels.shape
-
-
-def test_autocast_casts_as_for_a_linear_layer():
-    hidden, weight, _, labels, _ = inputs()
-    policy = hidden[0].clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = linear_token_logprobs(policy, weight, labels)
-    rounded = linear_token_logprobs(hidden[0].bfloat16(), weight.bfloat16(), labels)
-    oracle.assert_same_bits(out.logprobs, rounded.logprobs)
-    out.logprobs.sum().backward()
-    assert policy.grad.dtype == torch.float32
-
-
-def test_autocast_casts_the_bias_and_leaves_float64():
-    hidden, weight, bias, labels, _ = inputs()
-    leaf = bias.clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = linear_token_logprobs(hidden[0], weight, labels, lm_head_bias=leaf)
-    rounded = [x.bfloat16() for x in (hidden[0], weight, bias)]
-    want = linear_token_logprobs(*rounded[:2], labels, lm_head_bias=rounded[2])
-    oracle.assert_same_bits(out.logprobs, want.logprobs)
-    out.logprobs.sum().backward()
-    assert leaf.grad.dtype == torch.float32
-    wide = [x.double() for x in (hidden[0], weight, bias)]
-    with torch.autocast("cpu", torch.bfloat16):
-        out = linear_token_logprobs(*wide[:2], labels, lm_head_bias=wide[2])
-    oracle.assert_same_bits(out.logprobs, linear_token_logprobs(*wide[:2], labels, lm_head_bias=wide[2]).logprobs)
-
-
 @pytest.mark.parametrize("form", ["frozen", "trainable", "loss"])
 @pytest.mark.usefixtures("_chunks")
 def test_upcast_gradients_are_rounded_once(form, monkeypatch):
@@ -385,39 +322,6 @@ def test_gradcheck_and_no_second_derivative(frozen):
     for value in (log_probs(*leaves)[0].square().sum(), loss(*leaves).square()):
         with pytest.raises(RuntimeError, match="first-order gradients only"):
             torch.autograd.grad(value, leaves[0], create_graph=True)
-
-
-def test_float16_keeps_its_gradient_under_a_loss_scale():
-    """At the denominator of a large batch the gradient lies below float16 until GradScaler's factor arrives."""
-    hidden, weight, bias, labels, advantages = inputs(torch.float16)
-    scale, options = 65536.0, {"denominator": 16384.0, "entropy_coef": 0.01}
-
-    def ours(policy, weight, bias):
-        out = linear_contrastive_policy_loss(
-            policy, *hidden[1:], weight, labels, advantages * 0.01, lm_head_bias=bias, **options
-        )
-        return out.loss * scale
-
-    def plain(policy, weight, bias):
-        logits = [logits_of(x, weight, bias) for x in (policy, *hidden[1:])]
-        loss = cepo_kernels.contrastive_policy_loss(*logits, labels, advantages.double() * 0.01, **options).loss
-        return loss * scale
-
-    got, want = (gradients(run, hidden[0], weight, bias, False) for run in (ours, plain))
-    compare(got, want, torch.float16)
-
-
-def test_the_gradient_of_the_head_is_summed_in_float32_over_chunks(monkeypatch):
-    """Many rows, each adding less than bfloat16 could to what is there."""
-    torch.manual_seed(0)
-    rows = 4096
-    monkeypatch.setattr(linear_products, "LOGITS_BYTES", 0)
-    hidden = (torch.rand(rows, 4) + 0.5).bfloat16()
-    weight = torch.randn(8, 4).bfloat16().requires_grad_()
-    linear_token_logprobs(hidden, weight, torch.zeros(rows, dtype=torch.int64)).logprobs.sum().backward()
-    exact = weight.detach().double().requires_grad_()
-    F.linear(hidden.double(), exact).log_softmax(-1)[:, 0].sum().backward()
-    assert (weight.grad.double() - exact.grad).abs().max() < 2**-8 * exact.grad.abs().max()
 
 
 def test_kept_logits_serve_several_backwards():

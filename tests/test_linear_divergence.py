@@ -21,14 +21,6 @@ ROWS = 40
 CALLS = [{"kind": "forward_kl"}, {"kind": "reverse_kl", "clip": 0.05}, {"kind": "jsd", "beta": 0.3, "top_k": 30}]
 
 
-@pytest.fixture(params=["one chunk", "many chunks"])
-def _chunks(request, monkeypatch):
-    """Small enough that rows, and the head's columns, come in several pieces with a last one of another size."""
-    if request.param == "many chunks":
-        monkeypatch.setattr(linear_products, "LOGITS_BYTES", 0)  # then 16 rows
-        monkeypatch.setattr(linear_products, "TILE_BYTES", 100 * WIDTH * 4)
-
-
 def inputs(dtype=torch.float32, bias=True, shape=(ROWS,)):
     student, teacher = (oracle.logits_like((*shape, WIDTH), seed, dtype, 1.0) for seed in (1, 2))
     weight = oracle.logits_like((VOCABULARY, WIDTH), 3, dtype, 0.4)
