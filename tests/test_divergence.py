@@ -148,7 +148,7 @@ def test_values_of_every_size(backend, dtype, kind):
     check(backend, student, teacher, kind=kind)
 
 
-@pytest.mark.parametrize("cut", [{}, {"clip": 0.05}], ids=str)
+@pytest.mark.parametrize("cut", [{}, {"clip": 0.05}, {"top_k": 20}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_that_begin_otherwise_than_they_go_on(backend, dtype, kind, cut):

@@ -69,36 +69,37 @@ auto with_row(const Logits& logits, int64_t inner, int64_t row, F f) {
     }
 }
 
-struct Candidate {
-    float value;
-    int64_t column;
-};
-// As large as the value is.
+// As large as the value is, and the value of a rank.
 inline uint32_t rank_of(float value) {
     const uint32_t bits = bits_of(value);
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
+inline float value_of(uint32_t rank) {
+    const uint32_t bits = rank >> 31 ? rank & 0x7fffffffu : ~rank;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
 
-// The k largest logits, of equals the first, in the order of their columns; `kept` has room for 2 k + kStep.
+// The columns of the k largest logits, of equals the first, in rising order; both arrays have room for 2 k + kStep.
 template <class T>
-void largest(const T* x, int64_t vocabulary, int64_t k, Candidate* kept) {
+void largest(const T* x, int64_t vocabulary, int64_t k, int64_t* columns, uint32_t* ranks) {
     int64_t count = 0;
     float threshold = -INFINITY;
     bool has_k = false;  // the threshold is the k-th so far; a later column that equals it comes after it
     const auto reduce = [&] {
         uint32_t lowest = 0;  // the k-th rank, bit by bit
         for (uint32_t bit = 0x80000000u; bit; bit >>= 1) {
-            int64_t reach = 0;
-            for (int64_t i = 0; i < count; ++i) reach += rank_of(kept[i].value) >= (lowest | bit);
+            uint32_t reach = 0;
+            for (int64_t i = 0; i < count; ++i) reach += ranks[i] >= (lowest | bit);
             if (reach >= k) lowest |= bit;
         }
         int64_t equals = k, out = 0;
-        for (int64_t i = 0; i < count; ++i) equals -= rank_of(kept[i].value) > lowest;
-        for (int64_t i = 0; i < count; ++i) {
-            const uint32_t rank = rank_of(kept[i].value);
-            if (rank == lowest) threshold = kept[i].value;
-            if (rank > lowest || (rank == lowest && equals-- > 0)) kept[out++] = kept[i];
-        }
+        for (int64_t i = 0; i < count; ++i) equals -= ranks[i] > lowest;
+        for (int64_t i = 0; i < count; ++i)
+            if (ranks[i] > lowest || (ranks[i] == lowest && equals-- > 0))
+                ranks[out] = ranks[i], columns[out++] = columns[i];
+        threshold = value_of(lowest);
         count = out;
         has_k = true;
     };
@@ -107,7 +108,10 @@ void largest(const T* x, int64_t vocabulary, int64_t k, Candidate* kept) {
         if (has_k && n == kStep && !(block_max(x + start, kStep) > threshold)) continue;
         for (int64_t j = start; j < start + n; ++j) {
             const float value = widened(x[j]) + 0.0f;  // of -0 a 0, which it equals
-            if (!has_k || value > threshold) kept[count++] = {value != value ? INFINITY : value, j};
+            if (!has_k || value > threshold) {
+                ranks[count] = rank_of(value != value ? INFINITY : value);
+                columns[count++] = j;
+            }
             if (count == 2 * k + kStep) reduce();
         }
     }

@@ -28,9 +28,9 @@ struct Pair {
     const double weight;
     const Transform transform;
     const bool in_order;
-    const bool writes;                  // a gradient
-    const Candidate* chosen = nullptr;  // top_k columns that the sweeps leave out, in rising order
-    void* rooms[6];
+    const bool writes;                // a gradient
+    const int64_t* chosen = nullptr;  // top_k columns that the sweeps leave out, in rising order
+    void* rooms[7];
     int rooms_taken = 0;
     Block block;
 
@@ -88,8 +88,8 @@ struct Pair {
                 capped_block(block.teacher, full, transform.inner, teacher_y = block.teacher_capped);
                 for (int64_t j = n; j < full; ++j) student_y[j] = teacher_y[j] = -INFINITY;
             }
-            for (; next < d.top_k && chosen[next].column < start + n; ++next)
-                student_y[chosen[next].column - start] = teacher_y[chosen[next].column - start] = -INFINITY;
+            for (; next < d.top_k && chosen[next] < start + n; ++next)
+                student_y[chosen[next] - start] = teacher_y[chosen[next] - start] = -INFINITY;
             block.student_y = student_y, block.teacher_y = teacher_y;
             if (!f(start, n, full)) return;
         }
@@ -186,9 +186,11 @@ struct Pair {
 
     void run() {
         if (d.top_k > 0) {
-            Candidate* const kept = room<Candidate>(2 * d.top_k + kStep);
-            with_row(d.student, d.inner, row, [&](auto x) { largest(x, d.vocabulary, d.top_k, kept); });
-            chosen = kept;
+            int64_t* const columns = room<int64_t>(2 * d.top_k + kStep);
+            uint32_t* const ranks = room<uint32_t>(2 * d.top_k + kStep);
+            with_row(d.student, d.inner, row, [&](auto x) { largest(x, d.vocabulary, d.top_k, columns, ranks); });
+            chosen = columns;
+            if (!transform.capped && d.student.dtype == d.teacher.dtype && run_entries_closely()) return;
         }
         const bool plain = !in_order && !(d.clip < INFINITY);
         if (!in_order && is_kl() && run_if_close()) return;
@@ -204,7 +206,7 @@ struct Pair {
             });
         }
         if (pair.poisoned()) return give_up();
-        if (d.top_k > 0) return run_entries(student.sum, teacher.sum, pair.slow());
+        if (d.top_k > 0) return pair.slow() ? run_entries_slowly() : run_entries(student.sum, teacher.sum);
         if (pair.slow()) return run_slowly();
         if (student.sum.s == 0.0 || teacher.sum.s == 0.0) return give_up();
         if (d.vocabulary == 1) return run_slowly();  // exactly 0
@@ -371,41 +373,68 @@ struct Pair {
         put_columns([&](int64_t j) { return weight * transform.chain * cap_slope(logit(d.student, j)) * students[j]; });
     }
 
-    // The chosen columns and one bucket of the others, whose logit is their logsumexp.
-    void run_entries(RowSum student, RowSum teacher, bool slow) {
+    // The chosen columns and one bucket of the others, whose logit is their logsumexp, measured as theirs from the
+    // tops; put_others(factor) writes that times the others' probabilities in the bucket.
+    template <class F>
+    void put_entries(double student_bucket, double teacher_bucket, double student_top, double teacher_top,
+                     F put_others) {
         const int64_t k = d.top_k;
         double *const students = room<double>(k + 1), *const teachers = room<double>(k + 1);
         double* const slopes = room<double>(k);
-        const double student_top = slow ? origin_of(d.student) : 0.0, teacher_top = slow ? origin_of(d.teacher) : 0.0;
         for (int64_t i = 0; i < k; ++i) {
-            const float x = logit(d.student, chosen[i].column);
+            const float x = logit(d.student, chosen[i]);
             students[i] = natural(x) - student_top;
-            teachers[i] = natural(logit(d.teacher, chosen[i].column)) - teacher_top;
+            teachers[i] = natural(logit(d.teacher, chosen[i])) - teacher_top;
             slopes[i] = weight * transform.chain * cap_slope(x);
         }
-        if (slow) {
-            students[k] = slow_bucket(d.student, student_top), teachers[k] = slow_bucket(d.teacher, teacher_top);
-        } else {
-            students[k] = (student.c + log2(student.s)) * kLn2, teachers[k] = (teacher.c + log2(teacher.s)) * kLn2;
-            if (student.s > 0.0 && teacher.s > 0.0) {
-                const double gap = gap_of(student, teacher);
-                const double shift =
-                    sum<kForwardKl, kEverything>(Levels(transform, student, teacher, gap, d), false).shift;
-                students[k] = teachers[k] - gap * kLn2 + log1p(shift);
-            }
-        }
-        const double bucket = students[k];
+        students[k] = student_bucket, teachers[k] = teacher_bucket;
         put_value(solve(k + 1, students, teachers));
         if (!writes) return;
         const double factor = weight * transform.chain * students[k];
-        if (factor != factor || bucket == -INFINITY) {
+        if (factor != factor || student_bucket == -INFINITY) {
             put_columns([&](int64_t) { return factor != factor ? NAN : 0.0; });
-        } else if (slow) {
-            put_columns([&](int64_t j) {
-                const float x = logit(d.student, j);
-                return factor * cap_slope(x) * exp(natural(x) - student_top - bucket);
-            });
         } else {
+            put_others(factor);
+        }
+        with_row(d.gradient, d.inner, row, [&](auto x) {
+            for (int64_t i = 0; i < k; ++i) narrow(static_cast<float>(slopes[i] * students[i]), writable(x)[chosen[i]]);
+        });
+    }
+    // Whether one sweep over the others, from the first block's guess at their sums, was enough.
+    bool run_entries_closely() {
+        PairScan first(transform.k);
+        over_blocks([&](int64_t, int64_t, int64_t full) {
+            first.block(block.student, block.teacher, full);
+            return false;
+        });
+        const RowSum &one = first.x.sum, &other = first.y.sum;
+        if (first.poisoned() || first.slow() || !(one.s > 0.0) || !(other.s > 0.0)) return false;
+        return differences_are_exact(one, other) ? run_entries_closely(CloseKl<true>{transform, d, one, other})
+                                                 : run_entries_closely(CloseKl<false>{transform, d, one, other});
+    }
+    template <class Close>
+    bool run_entries_closely(Close close) {
+        close.skipped = chosen, close.skips = d.top_k;
+        return with_row(d.student, d.inner, row, [&](auto x) {
+            using T = std::decay_t<decltype(*x)>;
+            const T* const y = row_start<T>(d.teacher, d.inner, row);
+            if (!close.template sweep<true>(x, y)) return false;
+            if (close.drift > kFarGuess && !close.template sweep<true>(x, y)) return false;
+            const double bucket = (close.one.c + log2(close.one.s)) * kLn2;
+            put_entries(bucket, bucket + close.log_ratio, 0.0, 0.0,
+                        [&](double factor) { close.scaled(x, gradient_row(x), factor); });
+            return true;
+        });
+    }
+    void run_entries(RowSum student, RowSum teacher) {
+        double student_bucket = (student.c + log2(student.s)) * kLn2;
+        const double teacher_bucket = (teacher.c + log2(teacher.s)) * kLn2;
+        if (student.s > 0.0 && teacher.s > 0.0) {
+            const double gap = gap_of(student, teacher);
+            const double shift = sum<kForwardKl, kEverything>(Levels(transform, student, teacher, gap, d), false).shift;
+            student_bucket = teacher_bucket - gap * kLn2 + log1p(shift);
+        }
+        put_entries(student_bucket, teacher_bucket, 0.0, 0.0, [&](double factor) {
             const Levels l(transform, student, student, 0.0, d);
             const Vec by = mul(set(static_cast<float>(factor)), l.student_factor);
             over_blocks([&](int64_t start, int64_t n, int64_t full) {
@@ -416,17 +445,23 @@ struct Pair {
                 put_block(start, n);
                 return true;
             });
-        }
-        with_row(d.gradient, d.inner, row, [&](auto x) {
-            for (int64_t i = 0; i < k; ++i)
-                narrow(static_cast<float>(slopes[i] * students[i]), writable(x)[chosen[i].column]);
+        });
+    }
+    void run_entries_slowly() {
+        const double student_top = origin_of(d.student), teacher_top = origin_of(d.teacher);
+        const double bucket = slow_bucket(d.student, student_top);
+        put_entries(bucket, slow_bucket(d.teacher, teacher_top), student_top, teacher_top, [&](double factor) {
+            put_columns([&](int64_t j) {
+                const float x = logit(d.student, j);
+                return factor * cap_slope(x) * exp(natural(x) - student_top - bucket);
+            });
         });
     }
     double slow_bucket(const Logits& logits, double top) {
         double* const others = room<double>(d.vocabulary);
         int64_t count = 0, next = 0;
         for (int64_t j = 0; j < d.vocabulary; ++j) {
-            if (next < d.top_k && chosen[next].column == j) {
+            if (next < d.top_k && chosen[next] == j) {
                 ++next;
             } else {
                 others[count++] = natural(logit(logits, j)) - top;

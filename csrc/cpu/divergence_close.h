@@ -12,6 +12,7 @@ namespace cepo {
 namespace CEPO_ISA {
 
 constexpr float kCloseSquare = 0x1.0a6p+1f;  // of a log2 ratio: 1 nat
+constexpr double kFarGuess = 0.1;            // in nats, from which float32's ratios deserve a better one
 constexpr float kHighest = 64.0f;            // above its guessed level, in octaves, no term may be
 
 // (2^-r - 1 + r ln 2) / r^2 up to 1 nat: relative error 1.1e-7.
@@ -32,7 +33,10 @@ struct CloseKl {
     RowSum one, other;
     double value = 0.0, largest = 0.0;  // KL and its largest term, which is kept under a clip alone, in nats
     double drift = 0.0;                 // of the guess, in nats
+    double log_ratio = 0.0;             // of the other's normaliser over the one's, in nats
     bool guessed_well = false;
+    const int64_t* skipped = nullptr;  // columns that belong to neither row, in rising order
+    int64_t skips = 0;
 
     Levels levels() const { return Levels(transform, other, one, gap_of(other, one), d); }
     static Vec ratio(Vec x, Vec y, const Levels& l) {
@@ -50,19 +54,27 @@ struct CloseKl {
     }
 
     // Whether the rows are such that this serves; then the normalisers are known.
-    template <class T>
+    template <bool kSkips = false, class T>
     bool sweep(const T* x, const T* y) {
         const Levels l = levels();
         const Vec zero = set(0.0f), one_ = set(1.0f), minus_ln2 = set(static_cast<float>(-kLn2));
         double sum = 0.0, total = 0.0, shift = 0.0;
         const bool limited = d.clip < INFINITY;
         Vec top = set(-INFINITY), far = top, probe = zero, reach = zero;
+        const int64_t* next = skipped;
         for (int64_t start = 0; start < d.vocabulary; start += kBlock) {
             const int64_t end = start + kBlock < d.vocabulary ? start + kBlock : d.vocabulary;
             Vec sums[2] = {zero, zero}, totals[2] = {zero, zero}, shifts[2] = {zero, zero}, at_x[2], at_y[2];
             for (int64_t j = start; j < end; j += 2 * kWidth) {
-                get_two(x + j, d.vocabulary - j, at_x);
-                get_two(y + j, d.vocabulary - j, at_y);
+                const int64_t* const first = next;
+                while (kSkips && next < skipped + skips && *next < j + 2 * kWidth) ++next;
+                if (first < next) {
+                    get_two_without(x, j, d.vocabulary, first, next, at_x);
+                    get_two_without(y, j, d.vocabulary, first, next, at_y);
+                } else {
+                    get_two(x + j, d.vocabulary - j, at_x);
+                    get_two(y + j, d.vocabulary - j, at_y);
+                }
                 for (int i = 0; i < 2; ++i) {
                     const Vec r = ratio(at_x[i], at_y[i], l), square = mul(r, r);
                     const Vec t = fused(at_x[i], l.k, l.teacher_c);
@@ -95,9 +107,10 @@ struct CloseKl {
         const double probes = lane_sum(probe, zero);
         if (!(fabs(probes) < INFINITY) || lane_max(top) > kHighest || lane_max(far) > kFarApart || !(total > 0.0))
             return false;
+        const double rise = shift / total;
+        log_ratio = log1p(rise) - gap_of(other, one) * kLn2;
         one.s *= total;
         other.s *= total + shift;
-        const double rise = shift / total;
         drift = fabs(log1p(rise));
         value = sum / total - (rise - log1p(rise));
         largest = lane_max(reach) * kLn2 / total;
@@ -142,6 +155,19 @@ struct CloseKl {
                 found[i] = mul(by, slope);
             }
             put_two(found, d.vocabulary - j, out + j);
+        }
+    }
+
+    // `factor` times the probabilities of x.
+    template <class T>
+    void scaled(const T* x, T* out, double factor) const {
+        const Levels l = levels();
+        const Vec by = set(static_cast<float>(factor));
+        for (int64_t j = 0; j < d.vocabulary; j += 2 * kWidth) {
+            Vec at[2];
+            get_two(x + j, d.vocabulary - j, at);
+            for (Vec& value : at) value = mul(by, probability(value, l));
+            put_two(at, d.vocabulary - j, out + j);
         }
     }
 };

@@ -26,6 +26,15 @@ inline void get_two(const T* x, int64_t left, Vec (&to)[2]) {
     for (int64_t i = 0; i < 2 * kWidth; ++i) i < left ? void(rest[i] = x[i]) : set_negative_infinity(rest[i]);
     load2(rest, to[0], to[1]);
 }
+// The same of columns j to end, but for those of [from, to).
+template <class T>
+inline void get_two_without(const T* x, int64_t j, int64_t end, const int64_t* from, const int64_t* to,
+                            Vec (&into)[2]) {
+    T kept[2 * kWidth];
+    for (int64_t i = 0; i < 2 * kWidth; ++i) j + i < end ? void(kept[i] = x[j + i]) : set_negative_infinity(kept[i]);
+    for (; from < to; ++from) set_negative_infinity(kept[*from - j]);
+    load2(kept, into[0], into[1]);
+}
 template <class T>
 inline void put_two(const Vec (&from)[2], int64_t left, T* out) {
     if (left >= 2 * kWidth) return store2(out, from[0], from[1]);
