@@ -196,11 +196,16 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
         kept = None
         if files := [f"--config={path}" for path in _values(arguments, "--config")]:
             with suppress(InputError):  # what is missing may be on the command line
-                kept, _ = parse("eval", files)
+                kept = read(*files)
         if kept and not resume:
             require_effect(kept)
         require_effect(config, kept)
     return config, parsed
+
+
+def read(*options: str) -> Config:
+    """The checked config that options make, whether or not each has an effect. Raises InputError."""
+    return parse("eval", options)[0]
 
 
 def _values(arguments: Sequence[str], name: str) -> list[str]:
@@ -316,7 +321,7 @@ def _check_resumed(config: Config, run: Path, done: int) -> None:
     """Raise InputError for an option that a resumed run would not heed."""
     from cepo import checkpoint
 
-    own, _ = parse("eval", ["--config", str(run / checkpoint.CONFIG)])
+    own = read("--config", str(run / checkpoint.CONFIG))
     for name, got, kept in (
         ("policy.model", config.policy.model, own.policy.model),
         ("policy.gguf_file", config.policy.gguf_file, own.policy.gguf_file),
@@ -368,7 +373,7 @@ def _diagnose(arguments: list[str]) -> int:
     from cepo import checkpoint
     from cepo.diagnose import command
 
-    base = None if run is None else parse("eval", ["--config", str(run / checkpoint.CONFIG)])[0].policy
+    base = None if run is None else read("--config", str(run / checkpoint.CONFIG)).policy
     print(command.run(config, parsed.diagnose.check(), parsed.out, run, base))
     return 0
 

@@ -18,7 +18,7 @@ from cepo import axes, trainer
 from cepo.assets import EMBEDDED_VERIFIER, build_verifier, embedded_model
 from cepo.assets.build import prompt_ids
 from cepo.assets.build_verifier import auroc, build_tokenizer
-from cepo.config import Config
+from cepo.config import Config, PolicyConfig
 from cepo.errors import InputError
 from cepo.parts import judge, load_parts
 from cepo.policy import Policy, load_policy, make_policy, response_logits
@@ -26,9 +26,12 @@ from cepo.rewards import is_success
 from cepo.rewards.cross_model_entropy import cross_model_entropy, load_verifier
 from cepo.rewards.self_certainty import self_certainty, uniform_divergence
 from cepo.rollout import sample
+from cepo.tasks import Task
 from cepo.tasks.addition import Addition
+from cepo.tasks.worked import Worked
 
 PROMPTS = ["437+285", "437+285", "12+7", "x"]
+WORKED = "embedded:verifier-worked-0.4m"
 COMPLETIONS = ["75:12;38:12;42:7#722", "75:12;38:11;42:6#612", "27:9#19", "100"]
 
 
@@ -125,27 +128,41 @@ def test_the_control_is_the_same_reward_under_weights_that_know_nothing(verifier
     assert control.__name__ == "cross_model_entropy_control"
 
 
-def test_the_embedded_verifier_is_another_model_and_knows_right_from_wrong(verifier: Policy) -> None:
-    own = load_policy(Config().policy)
+@pytest.mark.parametrize(
+    ("judge", "model", "task", "text"),
+    [
+        ("embedded", "embedded", Addition(), "75:12;38:12;42:7#722"),
+        (WORKED, "embedded:worked-0.8m", Worked("number_sorting"), "0:4719;1:479;4:79;7:9#01479"),
+        (WORKED, "embedded:worked-0.8m", Worked("number_filtering"), "7y;2n;9y;3n;5y;1n#795"),
+    ],
+)
+def test_an_embedded_verifier_is_another_model_and_knows_right_from_wrong(
+    judge: str, model: str, task: Task, text: str
+) -> None:
+    verifier, own = load_verifier(judge), load_policy(PolicyConfig(model=model))
     assert verifier.model.config.model_type != own.model.config.model_type
     assert verifier.tokenizer.chat_template != own.tokenizer.chat_template
-    text = "75:12;38:12;42:7#722"
     assert len(verifier.tokenizer(text)["input_ids"]) < len(own.tokenizer(text)["input_ids"])
     assert verifier.tokenizer.decode(verifier.tokenizer(text)["input_ids"]) == text
-    assert sum(f.stat().st_size for f in embedded_model(EMBEDDED_VERIFIER).iterdir()) < 1_000_000
-    problems = Addition().split("test", 200)
-    rollouts = sample(own, problems, group_size=1, max_new_tokens=28, temperature=1.0, key=(3, 1))
-    correct = [Addition().score(c, p) == 1 for c, p in zip(rollouts.completions, problems, strict=True)]
+    problems = task.split("test", 200)
+    rollouts = sample(own, problems, group_size=1, max_new_tokens=task.max_new_tokens, temperature=1.0, key=(3, 1))
+    correct = [task.score(c, p) == 1 for c, p in zip(rollouts.completions, problems, strict=True)]
     rewards = cross_model_entropy(verifier)([p.prompt for p in problems], rollouts.completions)
     assert auroc([r for r in rewards if r is not None], correct) > 0.95
 
 
+def test_embedded_verifiers_are_small() -> None:
+    for name in (EMBEDDED_VERIFIER, WORKED.partition(":")[2]):
+        assert sum(f.stat().st_size for f in embedded_model(name).iterdir()) < 1_000_000
+
+
 @pytest.mark.slow
-def test_the_script_that_trains_it_draws_problems_the_policy_was_not_taught(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize(("policy", "taught"), [("addition", 122519), ("worked", None)])
+def test_the_script_that_trains_them_draws_problems_the_policy_was_not_taught(
+    policy: str, taught: int | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, tokenizer = build_verifier.train(steps=2, learning_rate=1e-3, seed=0, rows=40)  # it asserts that itself
-    assert "none of the 122519 that the policy was taught" in capsys.readouterr().out
+    model, tokenizer = build_verifier.train(policy, steps=2, learning_rate=1e-3, seed=0, rows=40)  # it asserts that
+    assert f"none of the {taught} that the policy was taught" in capsys.readouterr().out
     assert tokenizer.get_vocab() == load_verifier("embedded").tokenizer.get_vocab()
     assert model.num_parameters() < 400_000
 

@@ -5,6 +5,7 @@ addition-0.8m-nohints       `build --hints none`: its sibling that never learnt 
 addition-0.8m-righthints    `build --hints right`: the one that never met a wrong one
 worked-0.8m                 `build_worked`: sorting and filtering
 verifier-0.4m               `build_verifier`: the other model of `reward: cross_model_entropy`
+verifier-worked-0.4m        `build_verifier --policy worked`: its sibling for sorting and filtering
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Trains the embedded verifier of `reward: cross_model_entropy` from scratch, on right solutions of column addition.
+"""Trains the embedded verifiers of `reward: cross_model_entropy` from scratch, on right solutions.
 
     python -m cepo.assets.build_verifier                  # writes ./verifier-0.4m, a few minutes on one free core
+    python -m cepo.assets.build_verifier --policy worked  # the one of sorting and filtering, ./verifier-worked-0.4m
     python -m cepo.assets.build_verifier --evaluate DIR   # only measure a finished verifier
 
-It shares nothing with the embedded policy but the alphabet: a GPT-2 of another size and seed, whose tokenizer merges
-digits in pairs, with another chat template. Its problems are those of the policy's supervised split that the policy was
-never taught; RL, validation and test problems are in neither.
+A verifier shares nothing with the embedded policy but the alphabet: a GPT-2 of another size and seed, whose tokenizer
+merges digits in pairs, with another chat template. Its problems are those of the policy's supervised split that the
+policy was never taught; RL, validation and test problems are in neither.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cepo.assets import embedded_model
+from cepo.assets import EMBEDDED_MODEL, build_worked, embedded_model
 from cepo.assets.build import STEPS, character_bpe, draw_batches, fit, load, sample, save, wrap_tokenizer
 from cepo.rewards.cross_model_entropy import cross_model_entropy, load_verifier
 from cepo.tasks.addition import Addition, columns, draw, render, split_of
+from cepo.tasks.worked import FORMS, Worked
 
 SPECIAL = ["<pad>", "<|endoftext|>", "<unk>"]
 CHAT_TEMPLATE = (
@@ -61,36 +64,81 @@ def build_model(tokenizer: Any) -> Any:
     return GPT2LMHeadModel(config)
 
 
-def taught() -> set[tuple[int, int]]:
-    """Sums, smaller addend first, that the embedded policy met in its supervised training, which this repeats."""
-    rng = random.Random(0)
-    rows = [row for _ in range(STEPS) for batch in draw_batches(rng, "all").values() for row in batch]
-    return {pair(*map(int, user.split("\n")[0].split("+"))) for user, _, _ in rows}
+class Lesson(NamedTuple):
+    """A problem, whichever way it is put, the split it is of, and how it is asked and solved."""
+
+    problem: object
+    split: str
+    prompt: str
+    solution: str
 
 
 def pair(a: int, b: int) -> tuple[int, int]:
     return min(a, b), max(a, b)
 
 
-def train(steps: int, learning_rate: float, seed: int, rows: int = 256) -> tuple[Any, Any]:
+class OfAddition:
+    """What the verifier of column addition is taught, and measured on."""
+
+    name, model = "verifier-0.4m", EMBEDDED_MODEL
+    tasks = (Addition(),)
+
+    def lessons(self, seed: int) -> Iterator[Lesson]:
+        rng = random.Random(f"verifier/{seed}")
+        while True:
+            a, b = draw(rng, "sft")
+            yield Lesson(pair(a, b), split_of(a, b), f"{a}+{b}", render(columns(a, b)))
+
+    def taught_policy(self) -> set[object]:
+        """Sums that the embedded policy met in its supervised training, which this repeats."""
+        rng = random.Random(0)
+        rows = [row for _ in range(STEPS) for batch in draw_batches(rng, "all").values() for row in batch]
+        return {pair(*map(int, user.split("\n")[0].split("+"))) for user, _, _ in rows}
+
+
+class OfWorked:
+    """The same of sorting and filtering."""
+
+    name, model = "verifier-worked-0.4m", "worked-0.8m"
+    tasks = tuple(map(Worked, FORMS))
+
+    def lessons(self, seed: int) -> Iterator[Lesson]:
+        streams = [task.taught(len(build_worked.ROUNDS) + seed) for task in self.tasks]
+        for problem in chain.from_iterable(zip(*streams, strict=True)):
+            yield Lesson(problem.prompt, Worked._owner(problem), problem.prompt, problem.data["solution"])
+
+    def taught_policy(self) -> set[object]:
+        """Questions that the embedded policy met; it goes on from the adding model, which met none."""
+        return {
+            user.split("\n")[0]
+            for seed, (steps, _, sorting) in enumerate(build_worked.ROUNDS)
+            for batches in [build_worked.batches_of(seed, sorting)]
+            for _ in range(steps)
+            for batch in batches().values()
+            for user, _, _ in batch
+        }
+
+
+POLICIES: dict[str, OfAddition | OfWorked] = {"addition": OfAddition(), "worked": OfWorked()}
+
+
+def train(policy: str, steps: int, learning_rate: float, seed: int, rows: int = 256) -> tuple[Any, Any]:
     """Supervised training on right solutions of problems that the policy was not taught."""
     torch.manual_seed(seed)
-    rng, excluded = random.Random(f"verifier/{seed}"), taught()
-    tokenizer = build_tokenizer()
+    excluded, tokenizer = POLICIES[policy].taught_policy(), build_tokenizer()
     model = build_model(tokenizer)
-    met: set[tuple[int, int]] = set()
+    lessons = (lesson for lesson in POLICIES[policy].lessons(seed) if lesson.problem not in excluded)
+    met: dict[object, str] = {}
 
-    def example() -> tuple[str, str, str]:
-        while pair(*(addends := draw(rng, "sft"))) in excluded:
-            pass
-        met.add(pair(*addends))
-        return f"{addends[0]}+{addends[1]}", "", render(columns(*addends))
+    def examples() -> list[tuple[str, str, str]]:
+        drawn = list(islice(lessons, rows))
+        met.update((lesson.problem, lesson.split) for lesson in drawn)
+        return [(lesson.prompt, "", lesson.solution) for lesson in drawn]
 
-    fit(model, tokenizer, steps, learning_rate, lambda: {"solutions": [example() for _ in range(rows)]})
-    splits = {split_of(*sums) for sums in met}
-    assert splits == {"sft"}, f"expected problems of 'sft' alone, got {splits}"
-    assert not met & excluded, "expected problems that the policy was not taught"
-    print(f"trained on {len(met)} sums of 'sft', none of the {len(excluded)} that the policy was taught")
+    fit(model, tokenizer, steps, learning_rate, lambda: {"solutions": examples()})
+    assert {*met.values()} == {"sft"}, f"expected problems of 'sft' alone, got { ({*met.values()}) }"
+    assert not met.keys() & excluded, "expected problems that the policy was not taught"
+    print(f"trained on {len(met)} problems of 'sft', none of the {len(excluded)} that the policy was taught")
     return model, tokenizer
 
 
@@ -101,38 +149,44 @@ def auroc(rewards: Sequence[float], correct: Sequence[bool]) -> float:
     return ((gaps > 0).double() + (gaps == 0).double() / 2).mean().item()
 
 
-def evaluate(directory: Path, n: int = 1000) -> None:
+def evaluate(policy: str, directory: Path, n: int = 1000) -> None:
     """Print how well the reward tells right from wrong rollouts of the embedded policy, beside its random control."""
-    problems, task = Addition().split("validation", n), Addition()
-    prompts = [p.prompt for p in problems]
-    texts = sample(*load(embedded_model()), prompts, temperature=1.0, seed=0)
-    correct = [task.score(text, p) == 1 for text, p in zip(texts, problems, strict=True)]
-    verifier = load_verifier(str(directory))
-    for name, reward in (
-        ("trained weights", cross_model_entropy(verifier)),
-        ("random weights", cross_model_entropy(verifier, random_weights=True)),
-    ):
-        scored = [(r, c) for r, c in zip(reward(prompts, texts), correct, strict=True) if r is not None]
-        rewards, truth = zip(*scored, strict=True)
-        right, wrong = (statistics.mean(r for r, c in scored if c is kind) for kind in (True, False))
-        print(
-            f"{name}: AUROC(reward, correct) {auroc(rewards, truth):.3f}, mean reward {right:.3f} if correct, "
-            f"{wrong:.3f} if wrong  (n = {len(scored)}, {sum(truth)} correct)"
-        )
+    verifier, writer = load_verifier(str(directory)), load(embedded_model(POLICIES[policy].model))
+    for task in POLICIES[policy].tasks:
+        problems = task.split("validation", n)
+        prompts = [p.prompt for p in problems]
+        texts = sample(*writer, prompts, temperature=1.0, seed=0, budget=task.max_new_tokens)
+        correct = [task.score(text, p) == 1 for text, p in zip(texts, problems, strict=True)]
+        print(f"{task.name}:")
+        for name, reward in (
+            ("trained weights", cross_model_entropy(verifier)),
+            ("random weights", cross_model_entropy(verifier, random_weights=True)),
+        ):
+            scored = [(r, c) for r, c in zip(reward(prompts, texts), correct, strict=True) if r is not None]
+            rewards, truth = zip(*scored, strict=True)
+            right, wrong = (statistics.mean(r for r, c in scored if c is kind) for kind in (True, False))
+            print(
+                f"  {name}: AUROC(reward, correct) {auroc(rewards, truth):.3f}, mean reward {right:.3f} if correct, "
+                f"{wrong:.3f} if wrong  (n = {len(scored)}, {sum(truth)} correct)"
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the embedded verifier from scratch, or measure one.")
-    parser.add_argument("--out", type=Path, default=Path("verifier-0.4m"), help="directory (default: %(default)s)")
+    parser = argparse.ArgumentParser(description="Train an embedded verifier from scratch, or measure one.")
+    parser.add_argument(
+        "--policy", choices=tuple(POLICIES), default="addition", help="whose tasks (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="directory (default: its name among the assets)")
     parser.add_argument("--steps", type=int, default=600, help="supervised steps (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, cosine decay (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="initial weights and data (default: %(default)s)")
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the verifier in DIR, train nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    out = args.out or Path(POLICIES[args.policy].name)
     if not args.evaluate:
-        save(args.out, *train(args.steps, args.learning_rate, args.seed))
-    evaluate(args.evaluate or args.out)
+        save(out, *train(args.policy, args.steps, args.learning_rate, args.seed))
+    evaluate(args.policy, args.evaluate or out)
 
 
 if __name__ == "__main__":

@@ -295,7 +295,7 @@ def _flat(where: str, overrides: Any, taken: Mapping[str, str]) -> dict[str, str
 def _config(where: str, flat: Mapping[str, str], own: Collection[str] = ()) -> Config:
     """`own`: options that have to have an effect; what is shared may be there for other methods."""
     try:
-        config, _ = cli.parse("eval", [f"--{key}={value}" for key, value in flat.items()])
+        config = cli.read(*(f"--{key}={value}" for key, value in flat.items()))
         require_effect(config, among=own)
         return config
     except InputError as error:

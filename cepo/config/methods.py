@@ -21,8 +21,8 @@ class RewardConfig:
             TRL's signature, package.module:function or path/to/file.py:function, which is imported and run.
         success_threshold: a rollout succeeds from this score of the task on, whatever its reward; for maxrl and rl2ml,
             which have nothing but the reward, from this reward on.
-        verifier: of cross_model_entropy: embedded (which knows the built-in task), a directory or a Hugging Face name;
-            null: embedded.
+        verifier: of cross_model_entropy: embedded (which knows the built-in task) or another of cepo/assets
+            ("embedded:verifier-worked-0.4m"), a directory or a Hugging Face name; null: embedded.
         empty: what cross_model_entropy gives an empty response; null: it is not scored.
         timeout_s: seconds after which a function that has not returned ends the run; null: never.
     """
