@@ -18,7 +18,7 @@ from cepo import axes, trainer
 from cepo.assets import EMBEDDED_VERIFIER, build_verifier, embedded_model
 from cepo.assets.build import prompt_ids
 from cepo.assets.build_verifier import auroc, build_tokenizer
-from cepo.config import Config, PolicyConfig
+from cepo.config import PolicyConfig
 from cepo.errors import InputError
 from cepo.parts import judge, load_parts
 from cepo.policy import Policy, load_policy, make_policy, response_logits
@@ -157,9 +157,9 @@ def test_embedded_verifiers_are_small() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("policy", "taught"), [("addition", 122519), ("worked", None)])
+@pytest.mark.parametrize(("policy", "taught"), [("addition", 122519), ("worked", 136847)])
 def test_the_script_that_trains_them_draws_problems_the_policy_was_not_taught(
-    policy: str, taught: int | None, capsys: pytest.CaptureFixture[str]
+    policy: str, taught: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = build_verifier.train(policy, steps=2, learning_rate=1e-3, seed=0, rows=40)  # it asserts that
     assert f"none of the {taught} that the policy was taught" in capsys.readouterr().out

@@ -80,7 +80,7 @@ def pair(a: int, b: int) -> tuple[int, int]:
 class OfAddition:
     """What the verifier of column addition is taught, and measured on."""
 
-    name, model = "verifier-0.4m", EMBEDDED_MODEL
+    name, model, steps = "verifier-0.4m", EMBEDDED_MODEL, 600
     tasks = (Addition(),)
 
     def lessons(self, seed: int) -> Iterator[Lesson]:
@@ -99,7 +99,7 @@ class OfAddition:
 class OfWorked:
     """The same of sorting and filtering."""
 
-    name, model = "verifier-worked-0.4m", "worked-0.8m"
+    name, model, steps = "verifier-worked-0.4m", "worked-0.8m", 900
     tasks = tuple(map(Worked, FORMS))
 
     def lessons(self, seed: int) -> Iterator[Lesson]:
@@ -177,15 +177,16 @@ def main() -> None:
         "--policy", choices=tuple(POLICIES), default="addition", help="whose tasks (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, help="directory (default: its name among the assets)")
-    parser.add_argument("--steps", type=int, default=600, help="supervised steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="supervised steps (default: 600 for addition, 900 for worked)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, cosine decay (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="initial weights and data (default: %(default)s)")
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the verifier in DIR, train nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    out = args.out or Path(POLICIES[args.policy].name)
+    of = POLICIES[args.policy]
+    out, steps = args.out or Path(of.name), args.steps or of.steps
     if not args.evaluate:
-        save(out, *train(args.policy, args.steps, args.learning_rate, args.seed))
+        save(out, *train(args.policy, steps, args.learning_rate, args.seed))
     evaluate(args.policy, args.evaluate or out)
 
 
