@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, ops
+from .backends import sharded
 from .linear_products import Gathered, Gradients, Head, Products, kept_dtype, result_dtype
 from .loss_ops import backwards_part, is_last, kernels_part, loss_buffers, returned, scaled, times, total
 from .rows import BackwardInputs, ForwardInputs, ForwardOutputs, LossInputs, LossOutputs, RowOptions, row_values
@@ -63,13 +64,39 @@ class Call:
         for rows in _pieces(chosen, size):
             states = torch.cat([x[rows] for x in present])
             room = self.products.logits(states, None if room is None else room[: states.shape[0]])
-            logits = iter(room.split(rows.numel()))
-            views = [None if x is None else next(logits).unsqueeze(0) for x in self.contexts]
-            assert views[0] is not None
-            yield rows, ForwardInputs(
-                views[0], views[1], views[2], self.labels[rows], _of(self.advantages, rows), _of(self.mask, rows),
-                self.lam, self.eps_w, _options(self.options, rows),
-            )  # fmt: skip
+            yield rows, self.inputs(rows, room)
+
+    def inputs(self, rows: Tensor, together: Tensor) -> ForwardInputs:
+        """What a backend takes of ``rows``, the logits of all contexts ``together``."""
+        logits = iter(together.split(rows.numel()))
+        views = [None if x is None else next(logits).unsqueeze(0) for x in self.contexts]
+        assert views[0] is not None
+        return ForwardInputs(
+            views[0], views[1], views[2], self.labels[rows], _of(self.advantages, rows), _of(self.mask, rows),
+            self.lam, self.eps_w, _options(self.options, rows),
+        )  # fmt: skip
+
+    def tiled(self, chosen: Tensor) -> bool:
+        """Whether the outputs of all rows were made of tiles of the vocabulary, so that no row's logits existed."""
+        present, columns = [x for x in self.contexts if x is not None], self.products.head.weight.shape[0]
+        size = self.products.tile_rows(len(present))
+        if size is None or chosen.numel() * columns <= size * sharded.TILE:
+            return False
+        shard = sharded.Shard(None, 0, 0, columns, columns, tuple(sharded.pieces_of(0, 0, columns)))
+        merging = sharded.Sharded(self.backend, shard)
+        most = min(size, chosen.numel()) * len(present)
+        room = torch.empty(most * min(columns, sharded.TILE), dtype=self.products.result)
+        for rows in _pieces(chosen, size):
+            states, part = torch.cat([x[rows] for x in present]), self.part(rows.numel())
+            merging.merge(self.inputs(rows, states), part, partial(self._tile, states, rows.numel(), room))
+            self.scatter(rows, part)
+        return True
+
+    def _tile(self, states: Tensor, count: int, room: Tensor, piece: sharded.Piece) -> list[Tensor]:
+        """The logits of a piece of the vocabulary, context by context, in ``room``."""
+        tile = room[: states.shape[0] * (piece.stop - piece.first)].view(states.shape[0], -1)
+        logits = self.products.of_columns(piece.first, piece.stop).logits(states, tile)
+        return [x.unsqueeze(0) for x in logits.split(count)]
 
     def part(self, count: int) -> ForwardOutputs:
         """Fresh outputs for a chunk of ``count`` rows."""
@@ -117,7 +144,10 @@ def _forward(
     wanted = [slopes for slopes in kept if keep == SLOPES and slopes.numel()]
     gathered = [Gathered(call.products, labels.numel(), False) for _ in wanted]
     alone = positive is negative is None
-    for rows, inputs in call.chunks(_chosen(call.labels != ignore_index), keep == LOGITS and alone):
+    chosen = _chosen(call.labels != ignore_index)
+    if keep == NOTHING and call.tiled(chosen):
+        return (*outputs, *kept)
+    for rows, inputs in call.chunks(chosen, keep == LOGITS and alone):
         part = call.part(rows.numel())
         call.backend.forward(inputs, part)
         call.scatter(rows, part)

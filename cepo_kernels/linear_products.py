@@ -6,15 +6,17 @@ the product; or in 16 bits, rounded as a linear layer rounds them, where a calle
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from .backends import sharded
+
 if TYPE_CHECKING:
     from .backends import Backend
-    from .backends.sharded import Sharded
 
 LOGITS_BYTES = 256 << 20  # of a chunk's logits, all contexts together
 LEAST_ROWS = 16  # of a chunk, however many columns there are
@@ -59,8 +61,8 @@ class Products:
         self, head: Head, hidden: Tensor, logits_dtype: torch.dtype | None, backend: Backend | None = None,
         others: Sequence[Tensor] = (),
     ) -> None:  # fmt: skip
-        self.head = head
-        self.sharded = cast("Sharded | None", backend if hasattr(backend, "shard") else None)
+        self.head, self.backend = head, backend
+        self.sharded = cast("sharded.Sharded | None", backend if hasattr(backend, "shard") else None)
         self.result = result_dtype(hidden, head.weight, logits_dtype)
         self.sums = torch.promote_types(self.result, torch.float32)  # of what is added up chunk by chunk
         # A context of more digits than the policy's has to keep them.
@@ -86,6 +88,23 @@ class Products:
             return self.rows(contexts)
         cached = CACHE_BYTES // (max(1, self.head.weight.shape[0]) * self.result.itemsize)
         return min(self.rows(contexts), max(PIECE_ROWS, cached) // contexts)
+
+    def tile_rows(self, contexts: int) -> int | None:
+        """Rows whose logits exist at a time where they come in tiles of the vocabulary, as torch's own product on a CPU
+        would have it: all columns of a few rows read the head more often, those of all rows are memory never touched
+        before. None: they do not, nor where a cache holds them all."""
+        native = bool(self.backend and self.backend.notes) and self.device.type == "cpu"
+        if not native or self.product or self.sharded or self.result != torch.float32:
+            return None
+        at_most = min(CACHE_BYTES, LOGITS_BYTES) // (contexts * sharded.TILE * self.result.itemsize)
+        return max(LEAST_ROWS, at_most)
+
+    def of_columns(self, first: int, stop: int) -> Products:
+        """The same with a part of the head."""
+        part = copy.copy(self)
+        weight, bias = self.head
+        part.head = Head(weight[first:stop], None if bias is None else bias[first:stop])
+        return part
 
     def empty(self, rows: int, dtype: torch.dtype) -> Tensor:
         """Room for (rows, V)."""

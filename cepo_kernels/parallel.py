@@ -193,10 +193,7 @@ def _layout(told: list[dict[str, int]]) -> tuple[tuple[Piece, ...], int]:
             raise ValueError(f"vocab_start: ranks {last} and {rank} both hold column {start}")
         if start > reached:
             break
-        while start < stop:
-            end = min(stop, (start // sharded.TILE + 1) * sharded.TILE)
-            pieces.append(sharded.Piece(rank, start, end))
-            start = end
+        pieces += sharded.pieces_of(rank, start, stop)
         reached, last = stop, rank
     if reached < vocabulary or not pieces:
         raise ValueError(f"vocab_size: expected shards that hold columns 0 to {vocabulary}, but none holds {reached}")

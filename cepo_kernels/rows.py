@@ -32,6 +32,10 @@ class ForwardInputs(NamedTuple):
     eps_w: Tensor  # 0-d
     options: RowOptions
 
+    def contexts(self) -> list[Tensor]:
+        """The logits that are there."""
+        return [x for x in (self.policy, self.positive, self.negative) if x is not None]
+
 
 class ForwardOutputs(NamedTuple):
     """Contiguous buffers of N values that a backend's forward fills, in whatever shape; empty where not asked for.

@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 
 from cepo_kernels import backends, linear_products
+from cepo_kernels.backends import sharded
 
 settings.register_profile("one-seed", derandomize=True, deadline=None, database=None, max_examples=25)
 settings.load_profile("one-seed")
@@ -69,8 +70,9 @@ def poisoned() -> Iterator[None]:
 @pytest.fixture(params=["one chunk", "many chunks"])
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small enough that rows, and the columns of a head of width 24, come in several pieces with a last one of another
-    size."""
+    size; and in tiles of the vocabulary where the native CPU backend has them so."""
     if request.param == "many chunks":
+        monkeypatch.setattr(sharded, "TILE", 90)
         monkeypatch.setattr(linear_products, "LOGITS_BYTES", 0)  # then 16 rows
         monkeypatch.setattr(linear_products, "TILE_BYTES", 100 * 24 * 4)
 

@@ -1,8 +1,10 @@
-"""A backend for one rank's columns of the vocabulary: another backend's sums, piece by piece, merged over the ranks.
+"""A backend for some columns of the vocabulary: another backend's sums, piece by piece, merged over the ranks.
 
 A piece is what one rank holds of a tile, TILE columns of the whole vocabulary. Its sums are made of its own columns
 alone, relative to a reference of its own; every rank merges the sums of all pieces, in the vocabulary's order and in
 float64. So where shards meet at the end of a tile, a row's bits do not depend on how many there are.
+
+One process that has the whole vocabulary may merge by itself, pieces of logits that need not exist at the same time.
 
 A kernel wants a label in its row. In a piece that has not the row's, the first column stands in: the kernel leaves it
 out, and it is added here. `parallel` sees to it that all ranks make the same calls.
@@ -11,6 +13,9 @@ out, and it is added here. `parallel` sees to it that all ranks make the same ca
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -39,7 +44,7 @@ class Piece(NamedTuple):
 class Shard(NamedTuple):
     """Which columns of a vocabulary this rank holds, and who holds the others: pieces in the vocabulary's order."""
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None  # None: this rank is the only one
     rank: int
     start: int
     vocabulary: int
@@ -80,10 +85,17 @@ class Sharded:
 
     def reduce(self, partial: Tensor) -> None:
         """Sum a gradient over the ranks, in place."""
-        if partial.numel():
+        if partial.numel() and self.shard.group is not None:
             dist.all_reduce(partial, group=self.shard.group)
 
     def forward(self, inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
+        given, start = inputs.contexts(), self.shard.start
+        self.merge(inputs, outputs, lambda piece: [x[..., piece.first - start : piece.stop - start] for x in given])
+
+    def merge(
+        self, inputs: ForwardInputs, outputs: ForwardOutputs, columns: Callable[[Piece], Sequence[Tensor]]
+    ) -> None:
+        """``forward``, of ``inputs`` whose logits are not read: those of a piece, context by context, are asked for."""
         labels, options, shard = inputs.labels, inputs.options, self.shard
         *flat, stats = (buffer.zero_() for buffer in outputs)
         outputs = ForwardOutputs._make([*(buffer.view(-1) for buffer in flat), stats])
@@ -92,13 +104,10 @@ class Sharded:
         with_entropy = outputs.entropy.numel() > 0
         used = live if inputs.negative_mask is None else live & inputs.negative_mask
         given = ((inputs.policy, live), (inputs.positive, live), (inputs.negative, used))
-        mine = [
-            self._sums(logits, labels, read, options, steps, with_entropy, logits is inputs.policy)
-            for logits, read in given
-            if logits is not None
-        ]
-        sums, own = self._exchange(torch.cat(mine))
-        unit = steps.unit.repeat(len(mine))
+        reads = [read for logits, read in given if logits is not None]
+        mine = self._sums(columns, reads, labels, options, steps, with_entropy)
+        sums, own = self._exchange(mine)
+        unit = steps.unit.repeat(len(reads))
         top, shares = _relative(sums[..., 0], sums[..., 1], unit)
         log_total = shares.sum(1).log()
         odds = log_total + (top - own) * unit
@@ -161,26 +170,28 @@ class Sharded:
         reference.policy_loss(inputs, outputs._replace(forward=made._replace(stats=stats)), self.forward, self.backward)
 
     def _sums(
-        self, logits: Tensor, labels: Tensor, read: Tensor, options: RowOptions, steps: _Steps, with_entropy: bool,
-        is_policy: bool,
+        self, columns: Callable[[Piece], Sequence[Tensor]], reads: list[Tensor], labels: Tensor, options: RowOptions,
+        steps: _Steps, with_entropy: bool,
     ) -> Tensor:  # fmt: skip
-        """Of every piece here origin, total and, of the policy, entropy; at last the label's steps: (N, 3 P + 1)."""
-        shard, mine = self.shard, [piece for piece in self.shard.pieces if piece.rank == self.shard.rank]
-        most = max(sum(piece.rank == rank for piece in shard.pieces) for rank in range(shard.group.size()))
+        """Of every piece here origin, total and, of the policy, entropy; at last the label's steps: (C N, 3 P + 1)."""
         width = 2 + with_entropy
-        out = torch.zeros((labels.numel(), width * most + 1), dtype=torch.float64, device=labels.device)
-        for index, piece in enumerate(mine):
-            columns = logits[..., piece.first - shard.start : piece.stop - shard.start]
-            held = read & (labels >= piece.first) & (labels < piece.stop)
-            local = torch.where(read, torch.where(held, labels - piece.first, 0), -1)
-            origin, total, entropy, own = self._piece(columns, local, options, steps, with_entropy and is_policy)
-            pair = torch.stack([origin, own], 1), torch.stack([total, torch.ones_like(own)], 1)
-            whole, parts = _relative(*pair, steps.unit)
-            whole = torch.where(parts.sum(1) == 0, -torch.inf, whole)
-            found = [torch.where(held, origin, whole), torch.where(held, total, parts.sum(1)), entropy][:width]
-            out[:, width * index : width * (index + 1)] = torch.stack(found, 1)
-            out[:, -1] += torch.where(held, own, 0.0)
-        return out
+        out = labels.new_zeros((len(reads), labels.numel(), width * self._most() + 1), dtype=torch.float64)
+        for index, piece in enumerate(piece for piece in self.shard.pieces if piece.rank == self.shard.rank):
+            for context, (logits, read) in enumerate(zip(columns(piece), reads, strict=True)):
+                held = read & (labels >= piece.first) & (labels < piece.stop)
+                local = torch.where(read, torch.where(held, labels - piece.first, 0), -1)
+                origin, total, entropy, own = self._piece(logits, local, options, steps, with_entropy and context == 0)
+                pair = torch.stack([origin, own], 1), torch.stack([total, torch.ones_like(own)], 1)
+                whole, parts = _relative(*pair, steps.unit)
+                whole = torch.where(parts.sum(1) == 0, -torch.inf, whole)
+                found = [torch.where(held, origin, whole), torch.where(held, total, parts.sum(1)), entropy][:width]
+                out[context, :, width * index : width * (index + 1)] = torch.stack(found, 1)
+                out[context, :, -1] += torch.where(held, own, 0.0)
+        return out.flatten(0, 1)
+
+    def _most(self) -> int:
+        """Pieces of the rank that has most."""
+        return max(Counter(piece.rank for piece in self.shard.pieces).values())
 
     def _piece(
         self, logits: Tensor, labels: Tensor, options: RowOptions, steps: _Steps, with_entropy: bool
@@ -214,10 +225,10 @@ class Sharded:
 
     def _exchange(self, mine: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of all pieces in order, (M, K, 2 or 3), and the label's steps (M,), from every rank's."""
-        shard = self.shard
-        everyone = [torch.empty_like(mine) for _ in range(shard.group.size())]
-        dist.all_gather(everyone, mine.contiguous(), group=shard.group)
-        most = max(sum(piece.rank == rank for piece in shard.pieces) for rank in range(len(everyone)))
+        shard, everyone, most = self.shard, [mine], self._most()
+        if shard.group is not None:
+            everyone = [torch.empty_like(mine) for _ in range(shard.group.size())]
+            dist.all_gather(everyone, mine.contiguous(), group=shard.group)
         width = (mine.shape[1] - 1) // most
         unread = [iter(each[:, :-1].split(width, 1)) for each in everyone]
         sums = torch.stack([next(unread[piece.rank]) for piece in shard.pieces], 1)
@@ -268,6 +279,12 @@ class Sharded:
             *(None if x is None else x[rows] for x in (inputs.grad_logprobs, inputs.grad_entropy)),
         )  # fmt: skip
         return found[:, :-1].to(inputs.gradient.dtype)
+
+
+def pieces_of(rank: int, start: int, stop: int) -> list[Piece]:
+    """The columns from start to stop, cut where tiles end."""
+    cuts = [start, *range((start // TILE + 1) * TILE, stop, TILE), stop]
+    return [Piece(rank, first, last) for first, last in pairwise(cuts)]
 
 
 def _relative(origins: Tensor, totals: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
