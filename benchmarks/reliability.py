@@ -202,23 +202,26 @@ def inputs(configs: int, files: int, seed: int = 0) -> dict[str, Any]:
 
 def memory(minutes: float, folder: Path) -> dict[str, Any]:
     """Memory at every step of a run with evaluations, checkpoints and samples; how it grows after the first third."""
-    found: dict[str, list[int]] = {"resident": [], "allocated": [], "blocks": []}
+    found = torch.full((3, int(60 * minutes * 50)), -1.0, dtype=torch.float64)  # touched before the first step
     page = os.sysconf("SC_PAGE_SIZE")
-    end = time.perf_counter() + 60 * minutes
+    end, steps = time.perf_counter() + 60 * minutes, 0
 
     def each(record: dict[str, Any]) -> bool:
+        nonlocal steps
         if record["kind"] == "train":
-            found["resident"].append(int(Path("/proc/self/statm").read_text().split()[1]) * page)
-            found["allocated"].append(trials.allocated())
-            found["blocks"].append(sys.getallocatedblocks())
-        return time.perf_counter() < end
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
+            for row, value in zip(found, (resident, trials.allocated(), sys.getallocatedblocks()), strict=True):
+                row[steps] = value
+            steps += 1
+        return time.perf_counter() < end and steps < found.shape[1]
 
     trials.endless_run(folder, each)
-    steps = len(found["resident"])
-    kept = {name: torch.tensor(values[steps // 3 :], dtype=torch.float64) for name, values in found.items()}
-    slopes = {name: [1e4 * of for of in trials.slope(values)] for name, values in kept.items()}
+    slopes = {
+        name: [1e4 * of for of in trials.slope(values[steps // 3 : steps])]
+        for name, values in zip(("resident", "allocated", "blocks"), found, strict=True)
+    }
     return {"steps": steps, "measured": steps - steps // 3, "minutes": minutes, "per_10000_steps": slopes,
-            "last": found["resident"][-1], "wrong": []}  # fmt: skip
+            "last": int(found[0, steps - 1]), "wrong": []}  # fmt: skip
 
 
 def network(folder: Path) -> dict[str, Any]:
