@@ -59,11 +59,15 @@ def test_it_gets_what_trl_would_give(tmp_path: Path, keyword: str, timeout: floa
         (None, "expected a list of 2 rewards, got a NoneType"),
         ({0: 1.0}, "expected a list of 2 rewards, got a dict"),
         (torch.tensor(1.0), "expected a list of 2 rewards, got a float"),
-        ([1.0, "2"], "expected finite numbers or None, got '2' for completion 1"),
-        ([1.0, -math.inf], "expected finite numbers or None, got -inf for completion 1"),
-        ([1.0, -(10**5000)], "expected finite numbers or None, got -inf for completion 1"),
-        ([1.0, [2.0]], "expected finite numbers or None, got [2.0] for completion 1"),
-        ([1.0, np.array([1.0, 2.0])], "expected finite numbers or None, got array([1., 2.]) for completion 1"),
+        ([1.0, "2"], "expected None or finite numbers of float32's range, got '2' for completion 1"),
+        ([1.0, -math.inf], "expected None or finite numbers of float32's range, got -inf for completion 1"),
+        ([1.0, -(10**5000)], "expected None or finite numbers of float32's range, got -inf for completion 1"),
+        ([1.0, 1e308], "expected None or finite numbers of float32's range, got 1e+308 for completion 1"),
+        ([1.0, [2.0]], "expected None or finite numbers of float32's range, got [2.0] for completion 1"),
+        (
+            [1.0, np.array([1.0, 2.0])],
+            "expected None or finite numbers of float32's range, got array([1., 2.]) for completion 1",
+        ),
     ],
 )
 def test_its_answer_is_checked(tmp_path: Path, values: Any, expected: Any) -> None:

@@ -20,12 +20,15 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import torch
+
 from cepo.config import Config
 from cepo.errors import InputError, one_line
 from cepo.prompts import Prompt
 from cepo.tasks import Problem
 
 SUPERVISION: tuple[str, ...] = ("a function's own",)
+_LARGEST = torch.finfo(torch.float32).max  # of more, an advantage would square what float64 cannot hold
 _GIVEN = ("prompt", "completion", "prompts", "completions", "completion_ids")
 
 
@@ -133,7 +136,9 @@ def _checked(name: str, values: Any, n: int) -> list[float | None]:
         number = value.tolist() if hasattr(value, "tolist") else value
         if isinstance(number, int) and abs(number) > sys.float_info.max:
             value = number = math.inf if number > 0 else -math.inf
-        if number is not None and (not isinstance(number, int | float) or math.isinf(number)):
-            raise InputError(f"reward {name}: expected finite numbers or None, got {value!r:.60} for completion {b}")
+        if number is not None and (not isinstance(number, int | float) or abs(number) > _LARGEST):
+            raise InputError(
+                f"reward {name}: expected None or finite numbers of float32's range, got {value!r:.60} for completion {b}"
+            )
         rewards.append(None if number is None or math.isnan(number) else float(number))
     return rewards
