@@ -138,7 +138,7 @@ def _checked(name: str, values: Any, n: int) -> list[float | None]:
             value = number = math.inf if number > 0 else -math.inf
         if number is not None and (not isinstance(number, int | float) or abs(number) > _LARGEST):
             raise InputError(
-                f"reward {name}: expected None or finite numbers of float32's range, got {value!r:.60} for completion {b}"
+                f"reward {name}: expected None or numbers of float32's range, got {value!r:.60} for completion {b}"
             )
         rewards.append(None if number is None or math.isnan(number) else float(number))
     return rewards
