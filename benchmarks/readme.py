@@ -405,6 +405,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/results.md": {
         "family": partial(worth, "family"),
         "addition_more": partial(worth, "addition_more"),
+        "cme": partial(worth, "cme"),
         "siblings": partial(worth, "siblings"),
         "cepo_knobs": partial(worth, "cepo_knobs"),
         "smollm2": partial(worth, "smollm2"),
