@@ -46,6 +46,7 @@ class Case:
 
     Args:
         then: what the reward function gives from step AT on, instead of breaking anything.
+        timeout_s: how long it may take.
         ends: words of the error that ends the run; None: it goes to its end.
         skipped: steps that are skipped.
         what: what the record of such a step names.
@@ -54,6 +55,7 @@ class Case:
 
     breaks: Break | None = None
     then: str | None = None
+    timeout_s: float | None = None
     ends: str | None = None
     skipped: tuple[int, ...] = ()
     what: str = ""
@@ -152,9 +154,11 @@ CASES = {
     "a task whose score raises": Case(of_score, ends="its score raised KeyError: 'line one", saved=2),
     "a reward that raises": Case(then="1 / 0", ends="raised ZeroDivisionError", saved=2),
     "a reward that ends the program": Case(then="exit(3)", ends="raised SystemExit", saved=2),
+    "a reward that hangs": Case(then="__import__('time').sleep(999)", timeout_s=3.0, ends="timeout_s = 3 s", saved=2),
     "too few rewards": Case(then="ranks[1:]", ends="expected 8 rewards, one per completion, got 7", saved=2),
     "no list of rewards": Case(then="1.0", ends="expected a list of 8 rewards, got a float", saved=2),
     "an infinite reward": Case(then="ranks[1:] + [float('inf')]", ends="float32's range, got inf", saved=2),
+    "a reward of 1e308": Case(then="ranks[1:] + [1e308]", ends="float32's range, got 1e+308", saved=2),
     "rewards that are NaN": Case(then="[float('nan')] * len(ranks)"),
     "rewards that are None": Case(then="[None] * len(ranks)"),
     "some rewards that are NaN": Case(then="[float('nan'), *ranks[1:]]"),
@@ -190,7 +194,7 @@ def run(name: str, folder: Path) -> tuple[str, str | None]:
     reward = RewardConfig()
     if case.then:
         (folder / "rewards.py").write_text(REWARDS.format(at=AT, then=case.then))
-        reward = RewardConfig(f"{folder}/rewards.py:reward")
+        reward = RewardConfig(f"{folder}/rewards.py:reward", timeout_s=case.timeout_s)
     config = Config(
         rollout=RolloutConfig(prompts=2, group_size=4),
         train=TrainConfig(steps=STEPS, lr=1e-3),
