@@ -152,9 +152,9 @@ def scalar(name: str, value: float | Tensor, labels: Tensor | None = None) -> Te
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(value).__name__}")
     if torch.compiler.is_compiling():
-        return torch.zeros((), dtype=torch.float64) + value
+        return torch.zeros((), dtype=torch.float64, device="cpu") + value
     try:
-        return torch.full((), value, dtype=torch.float64)
+        return torch.full((), value, dtype=torch.float64, device="cpu")
     except (OverflowError, RuntimeError):
         raise ValueError(f"{name}: expected a number that float64 can hold, got a larger one") from None
 

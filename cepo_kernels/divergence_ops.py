@@ -30,7 +30,7 @@ class Call:
         self.backend = backends.choose(backend, device.type, dtype, "divergence")
         self.beta, self.clip = float(beta), None if clip is None else float(clip)
         checks.check_divergence_values(self.beta, self.clip)
-        rows = torch.ones(()) if weight is None else weight
+        rows = torch.ones_like(temperature) if weight is None else weight
         checks.check_option_values(rows, 0, temperature, logit_scale, logit_softcap)
         self.kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, kind) if kind == "jsd" else kind
         if self.top_k is not None and self.top_k >= vocabulary - 1:

@@ -1,4 +1,4 @@
-"""The ops from hidden states and a head: logits exist for a bounded number of rows at a time."""
+"""The ops from hidden states and a head: logits exist for some rows, or some columns, at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ops behind `linear`: a head applied to a bounded number of rows at a time, and the row kernels to what comes out.
+"""The ops behind `linear`: a head applied to some rows, or columns, at a time, and the row kernels to what comes out.
 
 The contexts of a chunk go through the head in one product; rows that cannot matter go through none.
 """
@@ -76,21 +76,23 @@ class Call:
             self.lam, self.eps_w, _options(self.options, rows),
         )  # fmt: skip
 
-    def tiled(self, chosen: Tensor) -> bool:
-        """Whether the outputs of all rows were made of tiles of the vocabulary, so that no row's logits existed."""
+    def tiled(self, chosen: Tensor) -> Tensor:
+        """Fill the outputs of rows from tiles of the vocabulary, so that no row's logits exist, where that is faster;
+        returns the rows that are left to do."""
         present, columns = [x for x in self.contexts if x is not None], self.products.head.weight.shape[0]
         size = self.products.tile_rows(len(present))
         if size is None or chosen.numel() * columns <= size * sharded.TILE:
-            return False
+            return chosen
         shard = sharded.Shard(None, 0, 0, columns, columns, tuple(sharded.pieces_of(0, 0, columns)))
         merging = sharded.Sharded(self.backend, shard)
-        most = min(size, chosen.numel()) * len(present)
-        room = torch.empty(most * min(columns, sharded.TILE), dtype=self.products.result)
+        room = self.products.room(min(size, chosen.numel()) * len(present))
+        left = []
         for rows in _pieces(chosen, size):
             states, part = torch.cat([x[rows] for x in present]), self.part(rows.numel())
-            merging.merge(self.inputs(rows, states), part, partial(self._tile, states, rows.numel(), room))
+            late = merging.merge(self.inputs(rows, states), part, partial(self._tile, states, rows.numel(), room))
             self.scatter(rows, part)
-        return True
+            left.append(rows[late])
+        return torch.cat(left)
 
     def _tile(self, states: Tensor, count: int, room: Tensor, piece: sharded.Piece) -> list[Tensor]:
         """The logits of a piece of the vocabulary, context by context, in ``room``."""
@@ -145,8 +147,8 @@ def _forward(
     gathered = [Gathered(call.products, labels.numel(), False) for _ in wanted]
     alone = positive is negative is None
     chosen = _chosen(call.labels != ignore_index)
-    if keep == NOTHING and call.tiled(chosen):
-        return (*outputs, *kept)
+    if keep == NOTHING:
+        chosen = call.tiled(chosen)
     for rows, inputs in call.chunks(chosen, keep == LOGITS and alone):
         part = call.part(rows.numel())
         call.backend.forward(inputs, part)
@@ -233,7 +235,7 @@ def _backward(
         if values is not None:
             moved |= values != 0
     taken = _chosen((flat != ignore_index) & moved)
-    whole, first, room = kept is not None and taken.numel() == kept.shape[0], 0, torch.empty(0)
+    whole, first, room = kept is not None and taken.numel() == kept.shape[0], 0, hidden.new_empty(0)
     at_once = (whole and overwrite) or products.operand == products.result  # no rounding, or no room for more
     for rows in _pieces(taken, products.rows(1) if at_once else products.piece(1)):
         if whole and kept is not None:

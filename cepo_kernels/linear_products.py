@@ -1,7 +1,7 @@
 """The matrix products between hidden states and logits.
 
-Logits exist for one chunk of rows only, in float32 (float64 where an input is), never rounded below the accumulation of
-the product; or in 16 bits, rounded as a linear layer rounds them, where a caller asks for that.
+Logits exist for one chunk of rows, or of columns, only, in float32 (float64 where an input is), never rounded below the
+accumulation of the product; or in 16 bits, rounded as a linear layer rounds them, where a caller asks for that.
 """
 
 from __future__ import annotations
@@ -92,12 +92,17 @@ class Products:
     def tile_rows(self, contexts: int) -> int | None:
         """Rows whose logits exist at a time where they come in tiles of the vocabulary, as torch's own product on a CPU
         would have it: all columns of a few rows read the head more often, those of all rows are memory never touched
-        before. None: they do not, nor where a cache holds them all."""
+        before. None: they come row by row."""
         native = bool(self.backend and self.backend.notes) and self.device.type == "cpu"
-        if not native or self.product or self.sharded or self.result != torch.float32:
+        few = self.head.weight.shape[0] < 2 * sharded.TILE
+        if not native or self.product or self.sharded or self.result != torch.float32 or few:
             return None
         at_most = min(CACHE_BYTES, LOGITS_BYTES) // (contexts * sharded.TILE * self.result.itemsize)
         return max(LEAST_ROWS, at_most)
+
+    def room(self, rows: int) -> Tensor:
+        """For the logits of a tile of so many rows."""
+        return torch.empty(rows * sharded.TILE, dtype=self.result, device=self.device)
 
     def of_columns(self, first: int, stop: int) -> Products:
         """The same with a part of the head."""

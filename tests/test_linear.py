@@ -424,29 +424,3 @@ def test_the_ops_are_registered_as_torch_wants_them(dtype, frozen, bias):
          *options, None, -100, "ppo", False, needs, None, "auto"),
         test_utils=[*checks, *aot],
     )  # fmt: skip
-
-
-def test_logits_that_nobody_keeps_come_in_tiles_of_the_vocabulary(monkeypatch):
-    """Of more than a cache holds: neither a row's logits nor memory for all columns exist."""
-    rows, vocabulary, made = 48, 3 * 8192 + 5, []
-    original = linear_products.Products.logits
-
-    def recorded(self, *arguments):
-        made.append(original(self, *arguments))
-        return made[-1]
-
-    monkeypatch.setattr(linear_products.Products, "logits", recorded)
-    monkeypatch.setattr(linear_products, "CACHE_BYTES", 1 << 20)
-    hidden = oracle.logits_like((3, rows, 8), 1, spread=1.0)
-    weight, bias = oracle.logits_like((vocabulary, 8), 2, spread=1.0), oracle.logits_like((vocabulary,), 3, spread=3.0)
-    labels = torch.tensor([0, 8191, 8192, 16384, 3 * 8192, vocabulary - 1, -100, 5]).repeat(6)
-    bias[9000] = 60.0  # in one tile is all of the probability
-    advantages = torch.linspace(-1, 1, rows)
-    options = {"return_entropy": True, "temperature": torch.linspace(0.7, 1.3, rows)}
-    got = linear_contrastive_logprobs(*hidden, weight, labels, advantages, lm_head_bias=bias, **options)
-    assert {x.shape[1] for x in made} == {8192, 5}
-    assert len({x.untyped_storage().data_ptr() for x in made}) == 1
-    logits = [logits_of(x, weight, bias) for x in hidden]
-    want = cepo_kernels.contrastive_logprobs(*logits, labels, advantages.double(), **options)
-    for name, value in got._asdict().items():
-        torch.testing.assert_close(value.double(), getattr(want, name), rtol=1e-5, atol=2e-5, msg=name)

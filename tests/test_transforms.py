@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -11,9 +12,11 @@ from cepo_kernels import (
     divergence,
     linear_contrastive_policy_loss,
     linear_divergence,
+    linear_products,
     linear_token_logprobs,
     token_logprobs,
 )
+from cepo_kernels.backends import sharded
 
 ROWS, WIDTH, VOCABULARY = 4, 6, 11
 LOGITS, TEACHER, HIDDEN, OTHER, HEAD, A = (
@@ -69,3 +72,30 @@ def test_backwards_come_in_batches(of, call, dtype):
     for together in (upstreams, upstreams[:, :1].expand_as(upstreams) if upstreams.ndim > 1 else upstreams * 0.0):
         want = torch.stack([gradient(upstream, False) for upstream in together])
         torch.testing.assert_close(gradient(together, True), want)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("surroundings", [torch.float64, torch.float16, torch.device("meta")], ids=str)
+def test_default_dtype_and_device_change_nothing(name, surroundings, monkeypatch):
+    monkeypatch.setattr(sharded, "TILE", 4)  # of logits that nobody keeps
+    monkeypatch.setattr(linear_products, "LOGITS_BYTES", 0)
+    monkeypatch.setattr(linear_products, "LEAST_ROWS", 2)
+    inputs, call = CALLS[name]
+
+    def run():
+        leaf = inputs.clone().requires_grad_()
+        value = call(leaf)
+        return value.detach(), torch.autograd.grad(value, leaf, torch.ones_like(value))[0], call(inputs)
+
+    want, dtype = run(), torch.get_default_dtype()
+    if isinstance(surroundings, torch.device):
+        with surroundings:
+            got = run()
+    else:
+        torch.set_default_dtype(surroundings)
+        try:
+            got = run()
+        finally:
+            torch.set_default_dtype(dtype)
+    for ours, right in zip(got, want, strict=True):
+        oracle.assert_same_bits(ours, right)

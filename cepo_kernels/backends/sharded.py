@@ -4,7 +4,8 @@ A piece is what one rank holds of a tile, TILE columns of the whole vocabulary. 
 alone, relative to a reference of its own; every rank merges the sums of all pieces, in the vocabulary's order and in
 float64. So where shards meet at the end of a tile, a row's bits do not depend on how many there are.
 
-One process that has the whole vocabulary may merge by itself, pieces of logits that need not exist at the same time.
+One process that has the whole vocabulary may merge by itself, pieces of logits that need not exist at the same time;
+rows that need float64 it leaves to another way.
 
 A kernel wants a label in its row. In a piece that has not the row's, the first column stands in: the kernel leaves it
 out, and it is added here. `parallel` sees to it that all ranks make the same calls.
@@ -94,8 +95,11 @@ class Sharded:
 
     def merge(
         self, inputs: ForwardInputs, outputs: ForwardOutputs, columns: Callable[[Piece], Sequence[Tensor]]
-    ) -> None:
-        """``forward``, of ``inputs`` whose logits are not read: those of a piece, context by context, are asked for."""
+    ) -> Tensor:
+        """``forward``, of ``inputs`` whose logits are not read: those of a piece, context by context, are asked for.
+
+        Returns (N,) bool, the rows that are left to do: none of a group's.
+        """
         labels, options, shard = inputs.labels, inputs.options, self.shard
         *flat, stats = (buffer.zero_() for buffer in outputs)
         outputs = ForwardOutputs._make([*(buffer.view(-1) for buffer in flat), stats])
@@ -105,7 +109,7 @@ class Sharded:
         used = live if inputs.negative_mask is None else live & inputs.negative_mask
         given = ((inputs.policy, live), (inputs.positive, live), (inputs.negative, used))
         reads = [read for logits, read in given if logits is not None]
-        mine = self._sums(columns, reads, labels, options, steps, with_entropy)
+        mine, late = self._sums(columns, reads, labels, options, steps, with_entropy)
         sums, own = self._exchange(mine)
         unit = steps.unit.repeat(len(reads))
         top, shares = _relative(sums[..., 0], sums[..., 1], unit)
@@ -130,6 +134,9 @@ class Sharded:
         if outputs.stats.numel():
             stats = self._stats(top, log_total, odds, entropy, steps, outputs.stats.dtype)
             outputs.stats[rows] = stats[rows].to(outputs.stats.dtype)
+            if shard.group is None:
+                late |= outputs.stats[:, 1] == SLOW
+        return late
 
     def backward(self, inputs: BackwardInputs) -> None:
         gradient, policy, labels = inputs.gradient, inputs.policy, inputs.labels
@@ -172,22 +179,26 @@ class Sharded:
     def _sums(
         self, columns: Callable[[Piece], Sequence[Tensor]], reads: list[Tensor], labels: Tensor, options: RowOptions,
         steps: _Steps, with_entropy: bool,
-    ) -> Tensor:  # fmt: skip
-        """Of every piece here origin, total and, of the policy, entropy; at last the label's steps: (C N, 3 P + 1)."""
-        width = 2 + with_entropy
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Of every piece here origin, total and, of the policy, entropy; at last the label's steps: (C N, 3 P + 1). And
+        the rows that are left to do, (N,)."""
+        width, late = 2 + with_entropy, torch.zeros_like(labels, dtype=torch.bool)
         out = labels.new_zeros((len(reads), labels.numel(), width * self._most() + 1), dtype=torch.float64)
         for index, piece in enumerate(piece for piece in self.shard.pieces if piece.rank == self.shard.rank):
             for context, (logits, read) in enumerate(zip(columns(piece), reads, strict=True)):
                 held = read & (labels >= piece.first) & (labels < piece.stop)
                 local = torch.where(read, torch.where(held, labels - piece.first, 0), -1)
-                origin, total, entropy, own = self._piece(logits, local, options, steps, with_entropy and context == 0)
+                origin, total, entropy, own, slow = self._piece(
+                    logits, local, options, steps, with_entropy and context == 0
+                )
+                late |= slow
                 pair = torch.stack([origin, own], 1), torch.stack([total, torch.ones_like(own)], 1)
                 whole, parts = _relative(*pair, steps.unit)
                 whole = torch.where(parts.sum(1) == 0, -torch.inf, whole)
                 found = [torch.where(held, origin, whole), torch.where(held, total, parts.sum(1)), entropy][:width]
                 out[context, :, width * index : width * (index + 1)] = torch.stack(found, 1)
                 out[context, :, -1] += torch.where(held, own, 0.0)
-        return out.flatten(0, 1)
+        return out.flatten(0, 1), late
 
     def _most(self) -> int:
         """Pieces of the rank that has most."""
@@ -195,8 +206,9 @@ class Sharded:
 
     def _piece(
         self, logits: Tensor, labels: Tensor, options: RowOptions, steps: _Steps, with_entropy: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Origin and total of the columns but the label's, the entropy of all, and the label's steps, each (N,)."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Origin and total of the columns but the label's, the entropy of all, the label's steps, and what rows are left
+        to do, each (N,)."""
         outer, inner, vocabulary = logits.shape
         every = torch.arange(labels.numel(), device=labels.device)
         own = logits.gather(-1, labels.clamp(min=0).view(outer, inner, 1)).view(-1)
@@ -204,11 +216,12 @@ class Sharded:
         origin, total, entropy = own.new_zeros(3, labels.numel())
         slow = labels >= 0
         if self.notes:
-            zero, nothing = torch.zeros(()), torch.empty(0, device=labels.device)
+            zero = torch.zeros((), dtype=torch.float32, device="cpu")
+            nothing = torch.empty(0, dtype=torch.float32, device=labels.device)
             made = ForwardOutputs(nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing)._replace(
-                logprobs=torch.empty(labels.shape, device=labels.device),
-                entropy=torch.empty(labels.shape if with_entropy else (0,), device=labels.device),
-                stats=torch.zeros((labels.numel(), 4), device=labels.device),
+                logprobs=nothing.new_empty(labels.shape),
+                entropy=nothing.new_empty(labels.shape if with_entropy else (0,)),
+                stats=nothing.new_zeros((labels.numel(), 4)),
             )
             options = options._replace(ignore_index=-1)
             self.inner.forward(ForwardInputs(logits, None, None, labels, None, None, zero, zero, options), made)
@@ -216,12 +229,19 @@ class Sharded:
             origin = torch.where(total == 0, -torch.inf, origin)
             entropy = made.entropy.double() if with_entropy else entropy
             slow &= made.logprobs.isnan() | (made.stats[:, 1] == SLOW)
+        if self.shard.group is None:
+            if slow.any():
+                empty = slow & (logits.amax(-1).view(-1) == -torch.inf)
+                origin = torch.where(empty, -torch.inf, origin)
+                total, entropy = (torch.where(empty, 0.0, x) for x in (total, entropy))
+                slow &= ~empty
+            return origin, total, entropy, own, slow
         for rows in reference.chunks(slow.nonzero().squeeze(1), vocabulary):
             x, at = steps.of(logits[rows // inner, rows % inner], rows), labels[rows]
             terms = definition.row_terms(x * steps.unit[rows].unsqueeze(1), at)
             origin[rows] = x.scatter(1, at.unsqueeze(1), -torch.inf).amax(1)
             total[rows], entropy[rows] = terms.log_total.exp(), terms.entropy
-        return origin, total, entropy, own
+        return origin, total, entropy, own, torch.zeros_like(slow)
 
     def _exchange(self, mine: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of all pieces in order, (M, K, 2 or 3), and the label's steps (M,), from every rank's."""
