@@ -69,19 +69,20 @@ def top_k_divergence(
     # From their tops, or a bucket at -1e38 could not say how many it holds.
     student, teacher = student - _origin(student), teacher - _origin(teacher)
     chosen = order.sort(stable=True, dim=1, descending=True).indices[:, :top_k]
-    tails = [x.scatter(1, chosen, -torch.inf) for x in (student, teacher)]
-    entries = [
-        torch.cat([x.gather(1, chosen), _logsumexp(tail)], 1) for x, tail in zip((student, teacher), tails, strict=True)
-    ]
-    values, gradient = divergence(entries[0], entries[1], kind, beta, clip)
-    shares = torch.where(tails[0] == -torch.inf, 0.0, (tails[0] - entries[0][:, -1:]).exp())
+    (of_student, shares), (of_teacher, _) = (_with_bucket(x, chosen) for x in (student, teacher))
+    values, gradient = divergence(of_student, of_teacher, kind, beta, clip)
     return Divergence(values, (gradient[:, -1:] * shares).scatter(1, chosen, gradient[:, :-1]))
 
 
-def _logsumexp(x: Tensor) -> Tensor:
-    """(N, 1); -inf where all are, NaN where one is +inf or NaN."""
-    origin = _origin(x)
-    return origin + row_sum((x - origin).exp()).log().unsqueeze(1)
+def _with_bucket(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The chosen columns and the others' logsumexp, (N, K + 1), -inf where all are; and the others' shares in it, (N,
+    V), from their own top, however far below the row's that is."""
+    tail = x.scatter(1, chosen, -torch.inf)
+    origin = _origin(tail)
+    terms = (tail - origin).exp()
+    total = row_sum(terms).unsqueeze(1)
+    shares = torch.where(tail == -torch.inf, 0.0, terms / total)
+    return torch.cat([x.gather(1, chosen), origin + total.log()], 1), shares
 
 
 def _origin(x: Tensor) -> Tensor:

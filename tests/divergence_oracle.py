@@ -36,6 +36,9 @@ def row(
 ) -> tuple[Any, Any, Any, Any]:  # fmt: skip
     """Of one row of transformed logits: value, the size of what was summed, the gradient, and of what that is made."""
     student, teacher = np.asarray(student, Wide), np.asarray(teacher, Wide)
+    if max(abs(x[np.isfinite(x)]).max(initial=0) for x in (student, teacher)) > 1e12:
+        # From their tops, or the logarithm of a sum would lose it all.
+        student, teacher = (x - (x.max() if np.isfinite(x.max()) else 0) for x in (student, teacher))
     if oracle.impossible(student) or oracle.impossible(teacher):
         return np.nan, np.nan, np.full(student.shape, np.nan), np.full(student.shape, np.nan)
     if top_k is not None and top_k < student.size - 1:
@@ -46,7 +49,8 @@ def row(
         value, size, found, made = row(*entries, kind, beta, clip)
         gradient, magnitude = np.zeros(student.shape), np.zeros(student.shape)
         gradient[chosen], magnitude[chosen] = found[:-1], made[:-1]
-        share = np.exp(student[rest] - tails[0]) if np.isfinite(tails[0]) else np.zeros(rest.shape)
+        share = np.exp(student[rest] - student[rest].max()) if np.isfinite(tails[0]) else np.zeros(rest.shape)
+        share = share / max(share.sum(), 1)
         gradient[rest], magnitude[rest] = share * found[-1], share * made[-1]
         return value, size, gradient, magnitude
     if kind == "jsd" and beta in (0.0, 1.0):

@@ -323,3 +323,41 @@ def test_no_rows(backend):
     assert gradient.shape == (0, 900)
     one, _ = pair(shape=())
     assert divergence(oracle.place(backend, one), oracle.place(backend, one), backend=backend).shape == ()
+
+
+@pytest.mark.parametrize("how", VARIANTS[:3], ids=str)
+@pytest.mark.parametrize("large", [300.0, 5e3, 1e14, 1e20, -1e30])
+def test_chosen_entries_far_from_the_others(backend, large, how):
+    student, teacher = torch.zeros(2, 40), torch.tensor([1.0, 2.0] + [0.0] * 38).repeat(2, 1)
+    student[:, :3] = large if large > 0 else torch.tensor([large, large * (1 - 1e-6), large])
+    if large < 0:
+        student[:, 3:], teacher[:, 3:] = -torch.inf, -torch.inf
+    teacher[1, :2] += large if large > 0 else 0.0
+    check(backend, student, teacher, top_k=3 if large > 0 else 2, **how)
+
+
+@pytest.mark.parametrize("how", VARIANTS[:3], ids=str)
+@pytest.mark.parametrize("lowest", [-1e17, torch.finfo(torch.float32).min])
+def test_a_masked_rest_shares_its_gradient(backend, lowest, how):
+    student, teacher = pair(vocabulary=1000)
+    student[:, 2:] = lowest
+    check(backend, student, teacher, top_k=2, **how)
+    _, gradient = run(backend, student, teacher, top_k=2, **how)
+    assert gradient.double().sum(1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("how", VARIANTS[:3], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_differences_that_cancel_in_the_bucket(backend, dtype, how):
+    student = torch.zeros(1, 9000)
+    student[:, :100] = 8.0
+    teacher = student.clone()
+    teacher[:, 100::2] += 0.5
+    teacher[:, 101::2] += math.log(2.002 - math.exp(0.5))
+    if backend == "reference" or backend.startswith("cpu"):
+        return check(backend, student.to(dtype), teacher.to(dtype), top_k=100, **how)
+    # On a GPU the buckets' log-ratio is known to 4e-7 of the mean |log p / q| in them, here .5, and the value's slope in
+    # it is about its root.
+    want = textbook.expected(student.to(dtype), teacher.to(dtype), top_k=100, **how)[0]
+    values = run(backend, student.to(dtype), teacher.to(dtype), top_k=100, **how)[0]
+    assert abs(values.double().numpy() - want).max() < 2e-7 * math.sqrt(2 * want.max())

@@ -207,8 +207,8 @@ class Sharded:
     def _piece(
         self, logits: Tensor, labels: Tensor, options: RowOptions, steps: _Steps, with_entropy: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Origin and total of the columns but the label's, the entropy of all, the label's steps, and what rows are left
-        to do, each (N,)."""
+        """Origin and total of the columns but the label's, the entropy of all, the label's steps, and whether a row is
+        left to do: each (N,)."""
         outer, inner, vocabulary = logits.shape
         every = torch.arange(labels.numel(), device=labels.device)
         own = logits.gather(-1, labels.clamp(min=0).view(outer, inner, 1)).view(-1)

@@ -9,6 +9,7 @@
 
 #include "divergence_close.h"
 #include "divergence_columns.h"
+#include "divergence_entries.h"
 #include "divergence_plain.h"
 
 namespace cepo {
@@ -30,7 +31,7 @@ struct Pair {
     const bool in_order;
     const bool writes;                // a gradient
     const int64_t* chosen = nullptr;  // top_k columns that the sweeps leave out, in rising order
-    void* rooms[7];
+    void* rooms[10];
     int rooms_taken = 0;
     Block block;
 
@@ -333,27 +334,6 @@ struct Pair {
         return static_cast<T*>(rooms[rooms_taken++]);
     }
 
-    // The divergence of n entries, logits in nats; its derivatives take the place of the students' logits.
-    double solve(int64_t n, double* students, const double* teachers) const {
-        const double log_q = logsumexp(n, students), log_p = logsumexp(n, teachers);
-        DivergenceSums sums;
-        for (int64_t i = 0; i < n; ++i) add(sums, divergence_entry(teachers[i] - log_p, students[i] - log_q, how()));
-        const double level = divergence_level(sums, how());
-        for (int64_t i = 0; i < n; ++i) {
-            const Entry e = divergence_entry(teachers[i] - log_p, students[i] - log_q, how());
-            students[i] = divergence_slope(e, level, how());
-        }
-        return sums.clipped == 0.0 && sums.value < 0.0 ? 0.0 : sums.value;
-    }
-    // -inf where all are; NaN where one is +inf or NaN.
-    static double logsumexp(int64_t n, const double* x) {
-        double top = -INFINITY, total = 0.0;
-        for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
-        if (top == -INFINITY) top = 0.0;
-        for (int64_t i = 0; i < n; ++i) total += exp(x[i] - top);
-        return top + log(total);
-    }
-
     // A row's largest logit, from which the slow ways measure: at -1e38 a logsumexp cannot say how many it is of.
     double origin_of(const Logits& logits) const {
         double top = -INFINITY;
@@ -368,15 +348,16 @@ struct Pair {
             students[j] = natural(logit(d.student, j)) - student_top;
             teachers[j] = natural(logit(d.teacher, j)) - teacher_top;
         }
-        put_value(solve(d.vocabulary, students, teachers));
+        put_value(solve(d.vocabulary, students, teachers, how()));
         if (!writes) return;
         put_columns([&](int64_t j) { return weight * transform.chain * cap_slope(logit(d.student, j)) * students[j]; });
     }
 
     // The chosen columns and one bucket of the others, whose logit is their logsumexp, measured as theirs from the
-    // tops; put_others(factor) writes that times the others' probabilities in the bucket.
+    // tops; put_others(factor) writes that times the others' probabilities in the bucket. False, and nothing that
+    // counts is written, if the log-ratio of the buckets, which may be wrong by `error`, is not known well enough.
     template <class F>
-    void put_entries(double student_bucket, double teacher_bucket, double student_top, double teacher_top,
+    bool put_entries(double student_bucket, double teacher_bucket, double student_top, double teacher_top, double error,
                      F put_others) {
         const int64_t k = d.top_k;
         double *const students = room<double>(k + 1), *const teachers = room<double>(k + 1);
@@ -388,8 +369,11 @@ struct Pair {
             slopes[i] = weight * transform.chain * cap_slope(x);
         }
         students[k] = student_bucket, teachers[k] = teacher_bucket;
-        put_value(solve(k + 1, students, teachers));
-        if (!writes) return;
+        from_top(k + 1, students), from_top(k + 1, teachers);
+        const double value = solve(k + 1, students, teachers, how());
+        if ((fabs(students[k]) + error) * error > kEnough * fabs(value)) return false;
+        put_value(value);
+        if (!writes) return true;
         const double factor = weight * transform.chain * students[k];
         if (factor != factor || student_bucket == -INFINITY) {
             put_columns([&](int64_t) { return factor != factor ? NAN : 0.0; });
@@ -399,6 +383,7 @@ struct Pair {
         with_row(d.gradient, d.inner, row, [&](auto x) {
             for (int64_t i = 0; i < k; ++i) narrow(static_cast<float>(slopes[i] * students[i]), writable(x)[chosen[i]]);
         });
+        return true;
     }
     // Whether one sweep over the others, from the first block's guess at their sums, was enough.
     bool run_entries_closely() {
@@ -421,20 +406,24 @@ struct Pair {
             if (!close.template sweep<true>(x, y)) return false;
             if (close.drift > kFarGuess && !close.template sweep<true>(x, y)) return false;
             const double bucket = (close.one.c + log2(close.one.s)) * kLn2;
-            put_entries(bucket, bucket + close.log_ratio, 0.0, 0.0,
-                        [&](double factor) { close.scaled(x, gradient_row(x), factor); });
+            if (!put_entries(bucket, bucket + close.log_ratio, 0.0, 0.0, ratio_error(close.excess),
+                             [&](double factor) { close.scaled(x, gradient_row(x), factor); }))
+                run_entries_slowly();
             return true;
         });
     }
     void run_entries(RowSum student, RowSum teacher) {
-        double student_bucket = (student.c + log2(student.s)) * kLn2;
+        double student_bucket = (student.c + log2(student.s)) * kLn2, error = 0.0;
         const double teacher_bucket = (teacher.c + log2(teacher.s)) * kLn2;
         if (student.s > 0.0 && teacher.s > 0.0) {
             const double gap = gap_of(student, teacher);
-            const double shift = sum<kForwardKl, kEverything>(Levels(transform, student, teacher, gap, d), false).shift;
-            student_bucket = teacher_bucket - gap * kLn2 + log1p(shift);
+            Levels l(transform, student, teacher, gap, d);
+            l.clip = set(INFINITY);
+            const Sums found = sum<kForwardKl, kEverything>(l, false);
+            student_bucket = teacher_bucket - gap * kLn2 + log1p(found.shift);
+            error = ratio_error(found.sums.value);
         }
-        put_entries(student_bucket, teacher_bucket, 0.0, 0.0, [&](double factor) {
+        const bool done = put_entries(student_bucket, teacher_bucket, 0.0, 0.0, error, [&](double factor) {
             const Levels l(transform, student, student, 0.0, d);
             const Vec by = mul(set(static_cast<float>(factor)), l.student_factor);
             over_blocks([&](int64_t start, int64_t n, int64_t full) {
@@ -446,18 +435,19 @@ struct Pair {
                 return true;
             });
         });
+        if (!done) run_entries_slowly();
     }
     void run_entries_slowly() {
         const double student_top = origin_of(d.student), teacher_top = origin_of(d.teacher);
-        const double bucket = slow_bucket(d.student, student_top);
-        put_entries(bucket, slow_bucket(d.teacher, teacher_top), student_top, teacher_top, [&](double factor) {
+        const Tail student = tail_of(d.student, student_top), teacher = tail_of(d.teacher, teacher_top);
+        put_entries(student.logit(), teacher.logit(), student_top, teacher_top, 0.0, [&](double factor) {
             put_columns([&](int64_t j) {
                 const float x = logit(d.student, j);
-                return factor * cap_slope(x) * exp(natural(x) - student_top - bucket);
+                return factor * cap_slope(x) * exp(natural(x) - student_top - student.top - student.log_total);
             });
         });
     }
-    double slow_bucket(const Logits& logits, double top) {
+    Tail tail_of(const Logits& logits, double top) {
         double* const others = room<double>(d.vocabulary);
         int64_t count = 0, next = 0;
         for (int64_t j = 0; j < d.vocabulary; ++j) {
@@ -467,7 +457,7 @@ struct Pair {
                 others[count++] = natural(logit(logits, j)) - top;
             }
         }
-        return logsumexp(count, others);
+        return Tail(count, others);
     }
 };
 

@@ -12,6 +12,7 @@ namespace cepo {
 namespace CEPO_ISA {
 
 constexpr float kCloseSquare = 0x1.0a6p+1f;  // of a log2 ratio: 1 nat
+constexpr double kEnough = 3e-6;             // relative, of a value
 constexpr double kFarGuess = 0.1;            // in nats, from which float32's ratios deserve a better one
 constexpr float kHighest = 64.0f;            // above its guessed level, in octaves, no term may be
 
@@ -31,6 +32,7 @@ struct CloseKl {
     const Transform& transform;
     const Divergence& d;
     RowSum one, other;
+    double excess = 0.0;                // KL before what a wrong guess at the normalisers added is taken out
     double value = 0.0, largest = 0.0;  // KL and its largest term, which is kept under a clip alone, in nats
     double drift = 0.0;                 // of the guess, in nats
     double log_ratio = 0.0;             // of the other's normaliser over the one's, in nats
@@ -112,9 +114,10 @@ struct CloseKl {
         one.s *= total;
         other.s *= total + shift;
         drift = fabs(log1p(rise));
-        value = sum / total - (rise - log1p(rise));
+        excess = sum / total;
+        value = excess - (rise - log1p(rise));
         largest = lane_max(reach) * kLn2 / total;
-        guessed_well = value >= 0.5 * sum / total;
+        guessed_well = value >= 0.5 * excess;
         return fabs(value) < INFINITY;
     }
     bool clips() const { return largest + drift >= d.clip * (1.0 - 1e-5); }
