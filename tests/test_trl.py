@@ -354,8 +354,9 @@ def test_answers_that_are_missing_are_named(tmp_path: Path) -> None:
         told = "column answer or solution, got" if value is None else f"column answer, got {re.escape(repr(value))}"
         with pytest.raises(InputError, match=rf"^answer_column: .* in {told}.*, row {row} of train_dataset$"):
             make(tmp_path, data=[{"prompt": prompt("1+2"), "answer": answer} for answer in column])
+    trainer = make(tmp_path, reward=correct, more={"parse_answer": lambda _: 7, "rollout_func": say(RIGHT, WRONG)})
     with pytest.raises(InputError, match=r"^parse_answer: expected to return a text or None, got 7$"):
-        step(make(tmp_path, more={"parse_answer": lambda _: 7, "rollout_func": say(RIGHT, WRONG)}), DATA[:2])
+        step(trainer, DATA[:2])
     with pytest.raises(TypeError, match="args: expected a CEPOConfig, got GRPOConfig"):
         CEPOTrainer(tiny_policy().model, lucky, GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
 
