@@ -54,6 +54,7 @@ from cepo.config import Config, CreditConfig, RewardConfig, RredcotConfig
         ({"tuning": {"lr": [1e-4], "seeds": [1, 9]}}, ["tuning.seeds", "none of seeds", "[1]"]),
         ({"test_problems": 0}, ["test_problems", "at least 1", "0"]),
         ({"pass_at": 8}, ["pass_at", "k and problems", "8"]),
+        ({"pass_at": None}, ["pass_at", "k and problems", "None"]),
         ({"pass_at": {"k": 0, "problems": 1}}, ["pass_at.k", "at least 1"]),
         ({"pass_at": {"k": 2, "problems": 9}}, ["pass_at.problems", "at most test_problems, 8, got 9"]),
         ({"cell_seconds": -1}, ["cell_seconds", "above 0"]),

@@ -44,7 +44,7 @@ _DEFAULTS: dict[str, Any] = {
     "reference": "grpo",
     "metric": "sampled",
     "test_problems": 2000,
-    "pass_at": None,
+    "pass_at": {"k": 8, "problems": 256},
     "cell_seconds": None,
 }
 _NEEDED = ("methods", "tasks", "seeds")
@@ -202,7 +202,7 @@ def _check(name: str, content: dict[str, Any]) -> Plan:
         one_of("keys", key, (*_NEEDED, *_DEFAULTS))
     for key in _NEEDED:
         require(key in content, key, "to be there", None)
-    content = {**_DEFAULTS, **content}
+    content, given = {**_DEFAULTS, **content}, content
     methods, tasks = _names(content, "methods"), _names(content, "tasks")
     require(BASE not in methods, "methods", "other names than that of the untrained model", BASE)
     one_of("reference", content["reference"], methods)
@@ -212,13 +212,13 @@ def _check(name: str, content: dict[str, Any]) -> Plan:
     both = sorted({*seeds} & {*tuning_seeds})
     require(not both, "tuning.seeds", "none of seeds", both)
     pass_at, tests = content["pass_at"], content["test_problems"]
-    if pass_at is None:
-        pass_at = {"k": 8, "problems": min(256, tests) if type(tests) is int else 256}
     require(isinstance(pass_at, dict) and pass_at.keys() == {"k", "problems"}, "pass_at", "k and problems", pass_at)
     counts = {"pass_at.k": (pass_at["k"], 1), "pass_at.problems": (pass_at["problems"], 0),
               "test_problems": (tests, 1)}  # fmt: skip
     for key, (value, least) in counts.items():
         require(type(value) is int and value >= least, key, f"a whole number, at least {least}", value)
+    if "pass_at" not in given:
+        pass_at = {**pass_at, "problems": min(pass_at["problems"], tests)}
     enough = pass_at["problems"] <= tests
     require(enough, "pass_at.problems", f"at most test_problems, {tests}", pass_at["problems"])
     limit = content["cell_seconds"]
