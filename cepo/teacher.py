@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cepo.config import TeacherConfig
+from cepo.config.checks import require
 from cepo.errors import InputError
 from cepo.policy import Policy, Prefixes, continued_states, prefill, response_states, tokens_of
 from cepo.prompts import hinted
@@ -56,10 +57,14 @@ def wrong_answer(
     completions: Sequence[str],
     rewards: Sequence[float],
 ) -> WrongAnswer | None:
-    """r- from the completions of one problem, all of them wrong and not truncated, or None if none is usable."""
+    """r- from the completions of one problem, all of them wrong and not truncated, or None if none is usable.
+
+    Raises InputError where `parse_answer` gives neither a text nor None.
+    """
     order = sorted(range(len(completions)), key=lambda i: rewards[i])
     for i in order:
         answer = parse_answer(completions[i])
+        require(isinstance(answer, str | None), "parse_answer", "to return a text or None", answer)
         if answer is not None and answer.strip() and not accepts(answer):
             return WrongAnswer(answer.strip(), False)
     for i in order:

@@ -22,7 +22,7 @@ from tiny import one_thread  # noqa: F401
 
 from cepo import checkpoint, metrics, trainer
 from cepo.cli import main, parse
-from cepo.compare import cells, command, files
+from cepo.compare import cells, command, files, table
 from cepo.compare import plan as planning
 from cepo.compare.cells import Record, Store
 from cepo.compare.plan import Cell, Plan, load
@@ -327,6 +327,16 @@ def test_an_unfinished_comparison_compares_the_seeds_that_both_have(tmp_path: Pa
     assert "+0.0, n = 1" in (tmp_path / "results.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("tests", "told"),
+    [(None, []), (2000, []), (64, ["The task has 64 test problems only.", ""]),
+     (38, ["The task has 38 test problems only; pass@8 is of these.", ""])],
+)  # fmt: skip
+def test_a_task_that_runs_out_of_problems_is_told(tests: int | None, told: list[str]) -> None:
+    plan = {"rates": [], "test_problems": 2000, "pass_at": {"k": 8, "problems": 64}}
+    assert table._notes(plan, {"test_problems": tests, "methods": {}}) == told
+
+
 def test_the_hash_is_of_all_that_changes_a_number_and_nothing_else(tmp_path: Path) -> None:
     def final(lr: float = 3e-4, seed: int = 0, method: str = "cepo", **changes: Any) -> Cell:
         return plan_of(tmp_path, **changes).final("addition", method, lr, seed)
@@ -440,6 +450,49 @@ def test_a_file_that_changes_makes_other_cells_of_those_that_read_it(
     reward.unlink()
     assert str(store.stale(finals()[1])).endswith("now None)")
     assert {after.hash for after in finals()} & {cell.hash for cell in before} == {before[0].hash}
+
+
+def test_a_model_that_changes_makes_other_cells_of_those_that_were_made_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("policy", "judge/checkpoints/step-000001"):
+        Path(name).mkdir(parents=True)
+        Path(name, "model.safetensors").write_bytes(name.encode())
+    methods = {"grpo": {}, "judged": {"reward": {"name": "cross_model_entropy", "verifier": "judge"}}}
+    plan = plan_of(tmp_path, base={**SMALL["base"], "policy": {"model": "policy"}}, methods=methods)
+    store = Store(tmp_path / "out")
+
+    def finals() -> list[Cell]:
+        return [plan.final("addition", method, 3e-4, 0) for method in methods]
+
+    def current() -> list[bool]:
+        return [store.get(cell) is not None for cell in finals()]
+
+    embedded = plan_of(tmp_path).final("addition", "cepo", 3e-4, 0)
+    assert embedded.models == files.models(Config()) == {}
+    before = finals()
+    for cell in before:
+        fake(store, cell, 0.6)
+    monkeypatch.setattr(trainer, "train", lambda *_: 1 / 0)
+    monkeypatch.setattr(cells, "load_parts", lambda *_: Parts.__new__(Parts))
+    monkeypatch.setattr(trainer, "check_prompts", lambda *_: None)
+    begun = plan.final("addition", "judged", 3e-4, 1)
+    assert "error" in cells.run(begun, store, False)
+    store.path(begun).unlink()
+    assert store.stale(plan.final("addition", "judged", 3e-4, 1)) is None
+    Path("judge/checkpoints/step-000002").mkdir()
+    assert current() == [True, False]
+    assert str(store.stale(finals()[1])).split("(")[1].startswith("content of reward.verifier: '")
+    assert str(store.stale(plan.final("addition", "judged", 3e-4, 1))).startswith(
+        f"{tmp_path / 'out' / begun.directory} (c"
+    )
+    Path("policy/model.safetensors").write_bytes(b"Policy")  # as long as before
+    assert current() == [False, False]
+    Path("policy").rename("elsewhere")
+    Path("judge").rename("put away")
+    assert current() == [True, True], "there is nothing to compare with"
+    assert [cell.hash for cell in before] == [cell.hash for cell in finals()]
 
 
 def test_a_module_s_file_is_the_one_that_would_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

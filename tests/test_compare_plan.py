@@ -14,6 +14,7 @@ from cepo import axes
 from cepo.cli import main
 from cepo.compare.plan import load
 from cepo.compare.results import supervision
+from cepo.config import Config, CreditConfig, RewardConfig, RredcotConfig
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,9 @@ from cepo.compare.results import supervision
         ({"tuning": {"lr": [1e-4], "seeds": [1, 9]}}, ["tuning.seeds", "none of seeds", "[1]"]),
         ({"test_problems": 0}, ["test_problems", "at least 1", "0"]),
         ({"pass_at": 8}, ["pass_at", "k and problems", "8"]),
+        ({"pass_at": None}, ["pass_at", "k and problems", "None"]),
         ({"pass_at": {"k": 0, "problems": 1}}, ["pass_at.k", "at least 1"]),
+        ({"pass_at": {"k": 2, "problems": 9}}, ["pass_at.problems", "at most test_problems, 8, got 9"]),
         ({"cell_seconds": -1}, ["cell_seconds", "above 0"]),
     ],
 )  # fmt: skip
@@ -109,7 +112,9 @@ def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
     plan = load(path)
     assert plan.rates == [1e-4, 3e-4]
     assert plan.configs["addition", "grpo"].loss.clip_low == 0.1
-    assert plan.test_problems == 2000
+    assert (plan.test_problems, plan.pass_at) == (2000, {"k": 8, "problems": 256})
+    path.write_text(path.read_text() + "test_problems: 100\n")
+    assert load(path).pass_at == {"k": 8, "problems": 100}
 
 
 def test_what_counts_as_success_is_said_by_the_base_or_a_task(tmp_path: Path) -> None:
@@ -132,6 +137,23 @@ def test_every_member_says_what_supervision_it_takes(axis: str, tmp_path: Path) 
         assert isinstance(axes.module(axis, name).SUPERVISION, tuple), f"cepo/{axis}/{name}.py needs SUPERVISION"
     config = plan_of(tmp_path).configs["addition", "cepo"]
     assert supervision(config) == ["verifier", "answer"]
+
+
+@pytest.mark.parametrize(
+    ("reward", "credit", "told"),
+    [
+        ("self_certainty", "uniform", ["none"]),
+        ("self_certainty", "rlsd", ["answer"]),
+        ("self_certainty", "cepo", ["verifier", "answer"]),
+        ("self_certainty", "shuffled", ["verifier", "answer"]),
+        ("self_certainty", "rredcot", ["verifier", "answer"]),
+        ("json:dumps", "rredcot", ["a function's own", "answer"]),
+        ("json:dumps", "cepo", ["a function's own", "verifier", "answer"]),
+    ],
+)
+def test_a_credit_that_reads_outcomes_was_told_of_them(reward: str, credit: str, told: list[str]) -> None:
+    config = Config(reward=RewardConfig(reward), credit=CreditConfig(credit), rredcot=RredcotConfig(mode="scale"))
+    assert supervision(config) == told
 
 
 def test_the_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from cepo.teacher import teacher_context
 datasets = pytest.importorskip("datasets")
 
 ROWS = [{"prompt": f"{i}+{i}", "answer": 2 * i, "level": i % 3} for i in range(40)]
+TEXT = {"type": "text", "text": "1+"}
 SYSTEM, EARLIER = {"role": "system", "content": "s"}, {"role": "assistant", "content": "b"}
 
 
@@ -164,6 +165,13 @@ def test_a_conversation_is_kept_rendered_with_its_system_turn_and_hinted_in_its_
     assert (text.prompts, text.responses) == (turn.prompts, turn.responses)
 
 
+def test_a_content_in_parts_is_its_text(tmp_path: Path) -> None:
+    turn = {"role": "user", "content": [TEXT, {**TEXT, "text": "1"}]}
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"prompt": [SYSTEM, turn], "answer": 2, "split": "train"}))
+    assert get_task(f"jsonl:{path}").train(0, 0).prompt == [SYSTEM, {"role": "user", "content": "1+1"}]
+
+
 def test_a_template_that_refuses_a_system_turn_says_so() -> None:
     policy = make_policy(tiny_policy().model, tiny_policy().tokenizer)
     policy.tokenizer.chat_template = "{{ raise_exception('no system here') if messages[0].role == 'system' }}"
@@ -186,6 +194,7 @@ def test_conversations_train(tmp_path: Path, credit: str, loss: str) -> None:
         ([{"role": "user"}], "with a role and a content, both texts, got {'role': 'user'}"),
         ([SYSTEM], "that ends in a user turn with a text, got {'role': 'system'"),
         ([{"role": "user", "content": " "}], "that ends in a user turn with a text"),
+        ([{"role": "user", "content": [TEXT, {"type": "image"}]}], "with a role and a content, both texts, got"),
         ("hi", "line 1: expected 'answer' to be a non-empty string or a number, got None"),
     ],
 )

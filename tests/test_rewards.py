@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,32 @@ def test_the_script_that_trains_them_draws_problems_the_policy_was_not_taught(
     assert f"none of the {taught} that the policy was taught" in capsys.readouterr().out
     assert tokenizer.get_vocab() == load_verifier("embedded").tokenizer.get_vocab()
     assert model.num_parameters() < 400_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--steps", "-1"], "--steps: expected at least 1, got -1"),
+        (["--evaluate", "{tmp}/none"], "--evaluate: expected the directory of a verifier, got '{tmp}/none'"),
+        (["--evaluate", "{tmp}"], "--evaluate: cannot load '{tmp}'"),
+        (["--out", "{tmp}/file/verifier"], "--out: cannot make '{tmp}/file/verifier': Not a directory"),
+    ],
+)
+def test_the_script_that_trains_them_tells_bad_arguments_before_it_trains(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(build_verifier, "train", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(sys, "argv", ["build_verifier", *(a.format(tmp=tmp_path) for a in arguments)])
+    with pytest.raises(SystemExit) as status:
+        build_verifier.main()
+    assert status.value.code == 2
+    assert message.format(tmp=tmp_path) in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_auroc_counts_ties_half() -> None:

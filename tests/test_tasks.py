@@ -6,7 +6,7 @@ import random
 import pytest
 
 from cepo.tasks import Task, available_tasks, get_task
-from cepo.tasks._answers import final_answer, same_answer
+from cepo.tasks._answers import final_answer, same_answer, stated
 from cepo.tasks.addition import SPLITS, Addition, columns, draw, render, split_of
 
 
@@ -194,6 +194,24 @@ def test_reasoning_gym_datasets_of_every_kind_work(name):
         assert problem.prompt == problem.data["question"].strip()
         assert task.accepts(problem.answer, problem) is (name != "rubiks_cube")  # which tells no answer, only checks
         assert task.score("nonsense\n\\boxed{", problem) == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(7, "7"), (7.0, "7"), (-2.0, "-2"), (2.5, "2.5"), (2.0**53, str(2**53)), (1e16, "1e+16"), (7**30, f"{7**30}")],
+)  # fmt: skip
+def test_whole_numbers_are_stated_as_such(value, text):
+    assert stated(value) == text
+
+
+def test_a_solution_takes_no_other_fields_place(tmp_path):
+    lines = [{**record, "work": "w", "solution": None} for record in records(4)]
+    assert get_task(write(tmp_path / "f.jsonl", *lines), solution_key="work").train(0, 0).data["solution"] == "w"
+    lines[2]["solution"] = "s"
+    spec = write(tmp_path / "f.jsonl", *lines)
+    with pytest.raises(ValueError, match=r"line 3: expected no field 'solution' beside .* 'work', .* got 's'$"):
+        get_task(spec, solution_key="work")
+    assert {p.data["solution"] for p in get_task(spec).training_problems()} <= {None, "s"}
 
 
 def test_jsonl_keeps_other_fields_and_honours_its_own_split(tmp_path):

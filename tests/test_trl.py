@@ -299,6 +299,7 @@ def test_a_hint_goes_into_the_last_user_turn() -> None:
         ({"success_threshold": math.nan}, "^success_threshold: expected a finite number, got nan"),
         ({"success_threshold": "1"}, "^success_threshold: expected a finite number, got '1'"),
         ({"answer_column": 3}, "^answer_column: expected a text or None, got 3"),
+        ({"answer_column": ""}, "^answer_column: expected the name of a column or None, got ''"),
         ({"skip_teachers": "no"}, "^skip_teachers: expected True or False, got 'no'"),
         ({"credit": "rredcot", "rredcot_keywords": [3]}, r"^rredcot_keywords: expected a list of texts, got \[3\]"),
         (
@@ -348,9 +349,14 @@ def test_answers_that_are_missing_are_named(tmp_path: Path) -> None:
         message = rf"answer_column: .*, a text or a number, in column answer, got {re.escape(repr(value))}$"
         with pytest.raises(InputError, match=message):
             step(trainer, [{"prompt": prompt("1+2"), "answer": value}] * 2)
-    trainer = make(tmp_path, data=[{"prompt": prompt("1+2"), "answer": None}] * 8)
-    with pytest.raises(InputError, match="in column answer or solution, got"):
-        trainer.train()
+    for value, row in ((None, 7), (" ", 7), (["7"], 0), (True, 0)):
+        column = [*["7" if row else value] * 7, value]
+        told = "column answer or solution, got" if value is None else f"column answer, got {re.escape(repr(value))}"
+        with pytest.raises(InputError, match=rf"^answer_column: .* in {told}.*, row {row} of train_dataset$"):
+            make(tmp_path, data=[{"prompt": prompt("1+2"), "answer": answer} for answer in column])
+    trainer = make(tmp_path, reward=correct, more={"parse_answer": lambda _: 7, "rollout_func": say(RIGHT, WRONG)})
+    with pytest.raises(InputError, match=r"^parse_answer: expected to return a text or None, got 7$"):
+        step(trainer, DATA[:2])
     with pytest.raises(TypeError, match="args: expected a CEPOConfig, got GRPOConfig"):
         CEPOTrainer(tiny_policy().model, lucky, GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
 
@@ -450,10 +456,14 @@ def run_processes(folder: Path) -> None:
     torch.set_num_threads(1)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     policy = tiny_policy()
-    asking = {"rredcot_separators": ["#"], "rredcot_centre": "others", "rredcot_cue": "{answer}"}
-    for credit, options in (("cepo", {}), ("rredcot", asking)):
+    asking = {"rredcot_separators": ["#"], "rredcot_cue": "{answer}"}
+    for name, options, said in (
+        ("cepo", {}, [WRONG, RIGHT, OTHER, RIGHT]),
+        ("rredcot", {**asking, "rredcot_centre": "others"}, [WRONG, RIGHT, OTHER, RIGHT]),
+        ("scale", {**asking, "rredcot_mode": "scale"}, [WRONG, RIGHT, RIGHT, RIGHT]),  # nothing for the second process
+    ):
         config = CEPOConfig(
-            str(folder), credit=credit, **options,
+            str(folder), credit="cepo" if name == "cepo" else "rredcot", **options,
             report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no", max_steps=1,
             per_device_train_batch_size=1, gradient_accumulation_steps=6 // processes, num_generations=2, optim="sgd",
             shuffle_dataset=False, max_grad_norm=0.0, learning_rate=1.0, logging_steps=1, max_completion_length=8,
@@ -461,14 +471,14 @@ def run_processes(folder: Path) -> None:
         )  # fmt: skip
         trainer = Watched(
             tiny_policy().model, correct, config, Dataset.from_list(DATA[:3]), processing_class=policy.tokenizer,
-            parse_answer=parse, rollout_func=say(WRONG, RIGHT, OTHER, RIGHT, RIGHT, RIGHT),
+            parse_answer=parse, rollout_func=say(*said, RIGHT, RIGHT),
         )  # fmt: skip
         trainer.train()
         state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
-        metrics = {name: value for name, value in trainer.state.log_history[0].items() if name.startswith("cepo/")}
+        metrics = {key: value for key, value in trainer.state.log_history[0].items() if key.startswith("cepo/")}
         torch.save(
             {"advantages": torch.cat(trainer.kept), "passes": trainer.passes, "state": state, "metrics": metrics},
-            folder / f"{credit}-{processes}-{trainer.accelerator.process_index}.pt",
+            folder / f"{name}-{processes}-{trainer.accelerator.process_index}.pt",
         )
 
 
@@ -477,13 +487,14 @@ def test_groups_may_straddle_processes(tmp_path: Path) -> None:
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     run_processes(tmp_path)
-    for credit in ("cepo", "rredcot"):
+    for credit in ("cepo", "rredcot", "scale"):
         one, first, second = (torch.load(tmp_path / f"{credit}-{name}.pt") for name in ("1-0", "2-0", "2-1"))
         assert torch.allclose(torch.cat([first["advantages"], second["advantages"]]), one["advantages"], atol=1e-5)
         assert one["advantages"].unique(dim=1).shape[1] > 1
         if credit == "cepo":
             # Three rollouts of the first process need teachers, one of the second: it takes part in all passes.
             assert first["passes"] == second["passes"] == [1] * 6
+        assert bool(second["advantages"].any()) == (credit != "scale")
         for name, value in one["metrics"].items():
             if not name.endswith("_seconds"):
                 assert first["metrics"][name] == second["metrics"][name] == pytest.approx(value, abs=1e-5)

@@ -105,6 +105,20 @@ def test_rredcot_gives_each_segment_what_its_values_say(
     assert "cepo/lam" not in metrics
 
 
+@pytest.mark.parametrize(
+    ("said", "reward", "options"),
+    [("#7", 1.0, {"rredcot_mode": "scale"}), (CUT, 1.0, {"mask_truncated_completions": True}), ("#7", None, {})],
+)
+def test_where_nothing_is_to_be_valued_nothing_moves(
+    tmp_path: Path, said: str, reward: float | None, options: dict[str, Any]
+) -> None:
+    rewards = lambda completions, **_: [reward] * len(completions)  # noqa: E731
+    trainer = make(tmp_path, reward=rewards, credit="rredcot", more={"rollout_func": say(said)}, max_steps=1, **options)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+
+
 def test_a_reward_model_is_no_chance_of_success() -> None:
     integration.check_rewards("scale", [torch.nn.Identity()], [2.0])
     with pytest.raises(InputError, match=r"^reward_funcs: expected functions, as .*difference.*got a Identity"):

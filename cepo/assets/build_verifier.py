@@ -25,6 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from cepo.assets import EMBEDDED_MODEL, build_worked, embedded_model
 from cepo.assets.build import STEPS, character_bpe, draw_batches, fit, load, sample, save, wrap_tokenizer
+from cepo.errors import InputError
 from cepo.rewards.cross_model_entropy import cross_model_entropy, load_verifier
 from cepo.tasks.addition import Addition, columns, draw, render, split_of
 from cepo.tasks.worked import FORMS, Worked
@@ -184,10 +185,21 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     of = POLICIES[args.policy]
-    out, steps = args.out or Path(of.name), args.steps or of.steps
+    out, steps = args.out or Path(of.name), of.steps if args.steps is None else args.steps
+    if steps < 1:
+        parser.error(f"--steps: expected at least 1, got {steps}")
+    if args.evaluate and not args.evaluate.is_dir():
+        parser.error(f"--evaluate: expected the directory of a verifier, got {str(args.evaluate)!r}")
     if not args.evaluate:
+        try:
+            out.mkdir(parents=True, exist_ok=True)  # before the minutes that training takes
+        except OSError as error:
+            parser.error(f"--out: cannot make {str(out)!r}: {error.strerror}")
         save(out, *train(args.policy, steps, args.learning_rate, args.seed))
-    evaluate(args.policy, args.evaluate or out)
+    try:
+        evaluate(args.policy, args.evaluate or out)
+    except InputError as error:
+        parser.error(str(error).replace("reward.verifier", "--evaluate"))
 
 
 if __name__ == "__main__":

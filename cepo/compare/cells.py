@@ -1,7 +1,7 @@
 """One cell of a comparison: a normal run directory, and one small JSON of its numbers that outlives it.
 
 OUT/<task>/<method>/lr<rate>-seed<seed>/     the run; its checkpoints go once the numbers are written; files.json has
-                                             the digests of the files that its config names, if there are any
+                                             digests of the files and models that its config names, if there are any
 OUT/cells/<task>-<method>-lr<rate>-seed<seed>.json
 """
 
@@ -29,6 +29,7 @@ import cepo
 import cepo_kernels
 from cepo import checkpoint, metrics, rollout, trainer
 from cepo.cli import dump
+from cepo.compare.files import MODELS
 from cepo.compare.plan import BASE, METRICS, Cell, defaults, digest, identity
 from cepo.errors import InputError, one_line
 from cepo.parts import Parts, held_out, load_parts, problems_of
@@ -59,7 +60,7 @@ class Store:
     def put(self, cell: Cell, values: Record) -> Record:
         record = {"cell": cell.name, "kind": cell.kind, "task": cell.task, "method": cell.method, "lr": cell.lr,
                   "seed": cell.seed, "hash": cell.hash, "config": asdict(cell.config), "files": cell.files,
-                  **values}  # fmt: skip
+                  "models": cell.models, **values}  # fmt: skip
         self.path(cell).parent.mkdir(parents=True, exist_ok=True)
         with checkpoint.replacing(self.path(cell)) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
@@ -82,7 +83,7 @@ class Store:
     def _other(record: Record, cell: Cell) -> str | None:
         """How a record's configuration differs from a cell's; by its values too, as a default may have changed."""
         difference = _difference(identity(record["config"]), cell.content, defaults())
-        difference = difference or _of_files(record.get("files", {}), cell)
+        difference = difference or _of_files({**record.get("files", {}), **record.get("models", {})}, cell)
         return difference or (None if record["hash"] == cell.hash else "pass_at")
 
     def discard(self, cell: Cell) -> None:
@@ -107,7 +108,7 @@ def _is_sound(record: Any) -> TypeGuard[Record]:
     """Whether a record has what decides whose it is, and accuracies."""
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict) or "hash" not in record:
         return False
-    if not isinstance(record.get("files", {}), dict):
+    if not all(isinstance(record.get(name, {}), dict) for name in ("files", "models")):
         return False
     curve = record.get("curve")
     return "error" in record or (
@@ -161,9 +162,9 @@ def _train(cell: Cell, directory: Path) -> Record:
         if not exists:
             checkpoint.create_run(str(directory), "", lambda _: dump(config))
             held.enter_context(checkpoint.lock(directory))
-            if cell.files:
+            if noted := {**cell.files, **cell.models}:
                 with checkpoint.replacing(directory / FILES) as temporary:
-                    temporary.write_text(json.dumps(cell.files) + "\n")
+                    temporary.write_text(json.dumps(noted) + "\n")
         before = [] if start is None else metrics.read(directory)
         spent = sum(_seconds(record) for record in before if record["step"] <= done)
         with threads(parts.policy, config.policy.threads):
@@ -260,18 +261,23 @@ def software() -> Record:
 
 @functools.cache
 def _source() -> str:
-    """A hash of all that is imported from here, the compiled parts included."""
+    """A hash of all that is used from here, the compiled parts and the embedded models included."""
     found = hashlib.sha256()
     for package in (cepo, cepo_kernels):
         folder = Path(package.__path__[0])
-        for file in sorted([*folder.rglob("*.py"), *folder.rglob("*.so")]):
+        for file in sorted(file for kind in ("py", "so", "safetensors", "json") for file in folder.rglob(f"*.{kind}")):
             found.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     return found.hexdigest()[:16]
 
 
 def _of_files(digests: Mapping[str, Any], cell: Cell) -> str | None:
-    """The first file that is not what it was when a cell was run."""
-    return _difference(digests, cell.files, {}, "content of ")
+    """The first file or model that is not what it was when a cell was run.
+
+    A model is compared where both know it: cells were made before it was looked at, and it may be somewhere else now.
+    """
+    then = {name: value for name, value in digests.items() if name in cell.models or name not in MODELS}
+    now = {**cell.files, **{name: value for name, value in cell.models.items() if name in then}}
+    return _difference(then, now, {}, "content of ")
 
 
 def _difference(

@@ -1,4 +1,4 @@
-"""Files that a config names and that decide a cell's numbers: their content belongs to what the cell is."""
+"""Files and models that a config names and that decide a cell's numbers: the content belongs to what the cell is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import hashlib
 import sys
 from pathlib import Path
 
+from cepo import checkpoint
 from cepo.config import Config
+
+MODELS = ("policy.model", "reward.verifier")
+_OF_MODELS = (".safetensors", ".gguf", ".bin", ".json", ".jinja", ".model", ".txt")
 
 
 def digests(config: Config) -> dict[str, str | None]:
@@ -19,6 +23,21 @@ def digests(config: Config) -> dict[str, str | None]:
     kind, _, path = config.task.name.partition(":")
     if kind == "jsonl":
         found["task.name"] = _digest(Path(path))
+    return found
+
+
+def models(config: Config) -> dict[str, str]:
+    """Of the weights, configs and tokenizers in directories that are one of `MODELS`; an embedded one is software."""
+    found: dict[str, str] = {}
+    for option, name in zip(MODELS, (config.policy.model, config.reward.verifier), strict=True):
+        if name is None or name.partition(":")[0] == "embedded":
+            continue
+        path = Path(name).expanduser()
+        folder = [path, *checkpoint.all_of(path)][-1]  # a run stands for its last checkpoint
+        if folder.is_dir():
+            parts = sorted(path for path in folder.iterdir() if path.suffix in _OF_MODELS)
+            told = "".join(f"{path.name} {_digest(path)}\n" for path in parts)
+            found[option] = hashlib.sha256(told.encode()).hexdigest()[:16]
     return found
 
 
@@ -40,6 +59,10 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-@functools.lru_cache(maxsize=64)  # a plan makes its cells again and again
+@functools.lru_cache(maxsize=1024)  # a plan makes its cells again and again
 def _hash(path: Path, modified_ns: int, size: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    found = hashlib.sha256()
+    with path.open("rb") as file:  # of gigabytes, if it has weights
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()[:16]

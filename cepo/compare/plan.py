@@ -8,7 +8,7 @@
     reference: grpo                                   # the rest are its defaults
     metric: sampled                                   # or greedy: what decides the learning rate and the verdict
     test_problems: 2000
-    pass_at: {k: 8, problems: 256}
+    pass_at: {k: 8, problems: 256}                    # at most test_problems
     cell_seconds: 90                                  # a longer cell is told of; null: none
 
 The learning rate of a method on a task is the one of best mean accuracy over the tuning seeds, on validation problems
@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from cepo import cli
-from cepo.compare.files import digests
+from cepo.compare.files import digests, models
 from cepo.config import Config
 from cepo.config.checks import check_seed, one_of, require
 from cepo.config.effects import require_effect
@@ -65,6 +65,8 @@ class Cell:
     pass_at: Mapping[str, int] | None
     files: Mapping[str, str | None] = field(default_factory=dict)
     """Digests of those that its config names, as they were when the cell was made."""
+    models: Mapping[str, str] = field(default_factory=dict)
+    """The same of directories with models; no part of its hash, as they may be put away when it is finished."""
 
     @property
     def lr(self) -> float:
@@ -149,7 +151,9 @@ class Plan:
             config.eval.split, config.eval.every = "validation", 0
         else:
             config.eval.split, config.eval.problems = "test", self.test_problems
-        return Cell(kind, task, method, config, None if kind == "tuning" else self.pass_at, digests(config))
+        return Cell(
+            kind, task, method, config, None if kind == "tuning" else self.pass_at, digests(config), models(config)
+        )
 
 
 @functools.cache
@@ -198,7 +202,7 @@ def _check(name: str, content: dict[str, Any]) -> Plan:
         one_of("keys", key, (*_NEEDED, *_DEFAULTS))
     for key in _NEEDED:
         require(key in content, key, "to be there", None)
-    content = {**_DEFAULTS, **content}
+    content, given = {**_DEFAULTS, **content}, content
     methods, tasks = _names(content, "methods"), _names(content, "tasks")
     require(BASE not in methods, "methods", "other names than that of the untrained model", BASE)
     one_of("reference", content["reference"], methods)
@@ -207,17 +211,21 @@ def _check(name: str, content: dict[str, Any]) -> Plan:
     seeds = _seeds("seeds", content["seeds"])
     both = sorted({*seeds} & {*tuning_seeds})
     require(not both, "tuning.seeds", "none of seeds", both)
-    pass_at = content["pass_at"]
+    pass_at, tests = content["pass_at"], content["test_problems"]
     require(isinstance(pass_at, dict) and pass_at.keys() == {"k", "problems"}, "pass_at", "k and problems", pass_at)
     counts = {"pass_at.k": (pass_at["k"], 1), "pass_at.problems": (pass_at["problems"], 0),
-              "test_problems": (content["test_problems"], 1)}  # fmt: skip
+              "test_problems": (tests, 1)}  # fmt: skip
     for key, (value, least) in counts.items():
         require(type(value) is int and value >= least, key, f"a whole number, at least {least}", value)
+    if "pass_at" not in given:
+        pass_at = {**pass_at, "problems": min(pass_at["problems"], tests)}
+    enough = pass_at["problems"] <= tests
+    require(enough, "pass_at.problems", f"at most test_problems, {tests}", pass_at["problems"])
     limit = content["cell_seconds"]
     require(limit is None or (_is_number(limit) and limit > 0), "cell_seconds", "a number above 0, or null", limit)
     return Plan(
         name, _configs(content, bool(rates)), methods, tasks, seeds, rates, tuning_seeds, content["reference"],
-        content["metric"], content["test_problems"], pass_at, limit,
+        content["metric"], tests, pass_at, limit,
     )  # fmt: skip
 
 

@@ -173,10 +173,15 @@ def _checks(plan: Plan, store: Store, task: str, base: Record | None, finals: li
 
 
 def supervision(config: Config) -> list[str]:
-    """What a method was told: the SUPERVISION of its reward, credit and loss; a distillation reads the loss's alone."""
+    """What a method was told: the SUPERVISION of its reward, credit and loss; a distillation reads the loss's alone.
+
+    The outcomes that `rredcot` reads are those of a reward that is a function, else the task's.
+    """
     members = [("rewards", config.reward.name), ("credit", config.credit.name), ("losses", config.loss.name)]
     members = members[-1:] if config.loss.distils else members
     told = [source for axis, name in members for source in axes.module(axis, name).SUPERVISION]
+    if config.reward.is_function and ("credit", "rredcot") in members:
+        told = [source for source in told if source != "verifier"]
     return list(dict.fromkeys(told)) or ["none"]
 
 

@@ -105,8 +105,9 @@ def _difference(difference: Record) -> str:
 def _notes(plan: Record, task: Record) -> list[str]:
     """What is not as the plan would have it: fewer problems, or a best rate that may lie beyond those tried."""
     rates, notes = plan["rates"], []
-    if task["test_problems"] not in (None, plan["test_problems"]):
-        notes += [f"The task has {task['test_problems']:,} test problems only.", ""]
+    if (tests := task["test_problems"]) not in (None, plan["test_problems"]):
+        fewer = f"; pass@{plan['pass_at']['k']} is of these" * (tests < plan["pass_at"]["problems"])
+        notes += [f"The task has {tests:,} test problems only{fewer}.", ""]
     at = [name for name, method in task["methods"].items() if method["lr"] in (*rates[:1], *rates[-1:])]
     if at and len(rates) > 1:
         notes += [f"The chosen rate is the smallest or the largest tried for {', '.join(at)}.", ""]

@@ -6,7 +6,8 @@ Each member is a module with
            negative_mask, lam, eps_w, **options)     what `op` returns; `contrastive_policy_loss` makes the loss too
     TEACHERS    which teachers it reads, among "positive" and "negative"
     EPS_W, LAM_STEPS    the published evidence clip, and the number of steps over which lambda falls to 0
-    SUPERVISION    what it is told about a problem, for the table of a comparison: ("answer",) or nothing
+    SUPERVISION    what it is told, for the table of a comparison, among "answer" and "verifier", the task's own score,
+                   which says who is wrong
     NEEDS_ZERO_A_ROWS   whether rollouts with A = 0 matter to it
 
 Logits are (N, V), the rest (N,). A teacher multiplies the advantage, so rows with A = 0 and steps with lambda = 0 need

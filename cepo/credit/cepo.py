@@ -12,7 +12,7 @@ from cepo_kernels import contrastive_logprobs
 TEACHERS: tuple[str, ...] = ("positive", "negative")
 EPS_W = 0.5
 LAM_STEPS = 25
-SUPERVISION: tuple[str, ...] = ("answer",)
+SUPERVISION: tuple[str, ...] = ("verifier", "answer")
 NEEDS_ZERO_A_ROWS = False
 
 

@@ -38,7 +38,7 @@ from cepo_kernels import contrastive_logprobs
 TEACHERS: tuple[str, ...] = ()
 EPS_W = 0.0
 LAM_STEPS = 0
-SUPERVISION: tuple[str, ...] = ("answer",)
+SUPERVISION: tuple[str, ...] = ("verifier", "answer")
 NEEDS_ZERO_A_ROWS = True
 
 

@@ -35,6 +35,8 @@ def check_options(options: Any, credits: Sequence[str] = CREDITS) -> None:
                 good = abs(value) <= sys.float_info.max
             missing = value is None and (name in _OPTIONAL or not hasattr(options, name))
             require(good or missing, name, expected + " or None" * (name in _OPTIONAL), value)
+    column = getattr(options, "answer_column", None)
+    require(column != "", "answer_column", "the name of a column or None", column)
     require(options.credit in credits, "credit", f"one of {', '.join(credits)}", options.credit)
     checked = CreditConfig(options.credit, lam=options.lam, lam_steps=options.lam_steps, eps_w=options.eps_w)
     try:

@@ -40,6 +40,7 @@ _WANTED = f"cepo.integrations.trl: expected TRL >= {LEAST}, < {BELOW} (pip insta
 try:
     import trl
     from accelerate.utils import gather_object
+    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
     from trl.trainer.utils import pad, split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 except ImportError as error:
@@ -161,8 +162,8 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._context = context_length(self.model)
         self._scored: Scored | None = None
         self._valuing: Valuing | None = self._make_valuing() if args.credit == "rredcot" else None
-        if (self._teachers or self._valuing) and (columns := getattr(self.train_dataset, "column_names", None)):
-            self._right_answer(dict.fromkeys(columns, "any"))
+        if self._teachers or self._valuing:
+            self._check_answers()
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         per_function: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -268,9 +269,9 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if config.mode == "scale" and self.args.skip_teachers:
             live &= given != 0
         prompts = self._policy_contexts(output).ids
+        rows, size = live.nonzero().flatten().tolist(), self.args.per_device_train_batch_size
         found: dict[int, Valued] = {}
-        for rows in live.nonzero().flatten().split(self.args.per_device_train_batch_size):
-            some = rows.tolist()
+        for some in (rows[start : start + size] for start in range(0, len(rows), size)):
             valued = segment_values(
                 valuing,
                 [prompts[b] for b in some],
@@ -303,8 +304,27 @@ class CEPOTrainer(GRPOTrainer):  # type: ignore[misc]
         }
         self._log_means({name: (x, torch.ones_like(x, dtype=torch.bool)) for name, x in means.items()})
 
+    def _check_answers(self) -> None:
+        """Raise InputError for the first row without a right answer; of a stream, for columns that have none."""
+        data: Any = self.train_dataset
+        columns = getattr(data, "column_names", None) or ()
+        if columns:
+            self._right_answer(dict.fromkeys(columns, "any"))
+        if not isinstance(data, Dataset) or data.format["type"] == "custom":  # which makes rows as they are asked for
+            return
+        names = [name for name in self._answer_columns if name in columns]
+        for row, values in enumerate(zip(*(data[name][:] for name in names), strict=True)):
+            try:
+                self._right_answer(dict(zip(names, values, strict=True)))
+            except InputError as error:
+                raise InputError(f"{error}, row {row} of train_dataset") from error
+
+    @property
+    def _answer_columns(self) -> tuple[str, ...]:
+        return ANSWER_COLUMNS if self.args.answer_column is None else (self.args.answer_column,)
+
     def _right_answer(self, example: dict[str, Any]) -> str:
-        wanted = ANSWER_COLUMNS if self.args.answer_column is None else (self.args.answer_column,)
+        wanted = self._answer_columns
         for name in wanted:
             if (value := example.get(name)) is None:
                 continue

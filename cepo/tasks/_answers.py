@@ -21,7 +21,10 @@ def stated(value: Any) -> str | None:
         return value if value.strip() else None
     bad = isinstance(value, bool) or not isinstance(value, Real)
     # math.isfinite does not take every integer.
-    return None if bad or value != value or value in (math.inf, -math.inf) else str(value)
+    if bad or value != value or value in (math.inf, -math.inf):
+        return None
+    # Readers of CSV make floats of a column of whole numbers in which one is missing.
+    return str(int(value) if abs(value) <= 2**53 and value == int(value) else value)
 
 
 def final_answer(completion: str) -> str | None:

@@ -33,7 +33,7 @@ class Reading:
         prompt_key: its field with the prompt, a text or a list of {"role": ..., "content": ...} that ends in a user
             turn.
         answer_key: its field with the answer, a text or a number; None: the answer that the solution states.
-        solution_key: its field with the worked solution, if it has one.
+        solution_key: its field with the worked solution, if it has one; the problem's data then has it as "solution".
         skip_bad: leave out records that cannot be used, with a warning, in place of an error.
         max_new_tokens: longest completion, in tokens.
     """
@@ -96,8 +96,15 @@ class Reading:
                 prompt = with_images(prompt, images)
             except InputError as error:
                 raise ValueError(f"{where}: {error}") from error
+        elif not isinstance(prompt, str):
+            prompt = [{**message, "content": _said(message["content"])} for message in prompt]
         data = dict(record)
         if self.solution_key is not None:
+            if self.solution_key != "solution" and data.get("solution") is not None:
+                raise ValueError(
+                    f"{where}: expected no field 'solution' beside the solution_key {self.solution_key!r}, which takes "
+                    f"its place, got {data['solution']!r:.40}"
+                )
             solution = data["solution"] = record[self.solution_key]
             if not isinstance(solution, str) or not solution.strip():
                 raise ValueError(f"{where}: expected {self.solution_key!r} to be a non-empty string, got {solution!r}")
@@ -195,13 +202,12 @@ def _images(where: str, record: Mapping[str, Any], folder: Path) -> list[Any]:
 
 
 def _in_conversation(prompt: Any, images: bool) -> str:
-    """What is wrong with a list of messages, "" if nothing. Only with images a content may be a list of parts."""
+    """What is wrong with a list of messages, "" if nothing. Only with images a content may have places for them."""
     if not isinstance(prompt, list) or not prompt:
         return f", got {prompt!r:.80}"
     said: Any = None
     for message in prompt:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        said = _said(content) if images else content
+        said = _said(message.get("content"), images) if isinstance(message, Mapping) else None
         if not isinstance(said, str) or not isinstance(message.get("role"), str):
             return f" with a role and a content, both texts, got {message!r:.80}"
     if prompt[-1]["role"] != "user" or not said.strip():
@@ -209,14 +215,14 @@ def _in_conversation(prompt: Any, images: bool) -> str:
     return ""
 
 
-def _said(content: Any) -> Any:
-    """The text of a message's content, itself a text or a list of texts and places of images; else it or None."""
+def _said(content: Any, images: bool = False) -> Any:
+    """The text of a message's content, a text or a list of texts and, if `images`, of their places; else it or None."""
     if not isinstance(content, list):
         return content
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        text = part.get("text") if kind == "text" else "" if kind == "image" else None
+        text = part.get("text") if kind == "text" else "" if kind == "image" and images else None
         if not isinstance(text, str):
             return None
         texts.append(text)
