@@ -357,7 +357,7 @@ def test_differences_that_cancel_in_the_bucket(backend, dtype, how):
     if backend == "reference" or backend.startswith("cpu"):
         check(backend, student.to(dtype), teacher.to(dtype), top_k=100, **how)
         return
-    # On a GPU the buckets' log-ratio is known to 4e-7 of the mean |log p / q| in them, here .5, and the value's slope in
+    # On a GPU the buckets' log-ratio is known to 4e-7 of the mean |log p / q| in them, here .5; the value's slope in
     # it is about its root.
     want = textbook.expected(student.to(dtype), teacher.to(dtype), top_k=100, **how)[0]
     values = run(backend, student.to(dtype), teacher.to(dtype), top_k=100, **how)[0]
