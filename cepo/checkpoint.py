@@ -57,12 +57,10 @@ def create_run(wanted: str | None, default: str, config: Callable[[str], str]) -
     """
     path = Path(wanted or Path("runs", default)).expanduser()
     number = 2
-    if wanted is not None and path.is_dir() and not any(path.iterdir()):
-        with suppress(FileExistsError):  # of two processes one gets it
-            (path / FOLDER).mkdir()
-            with replacing(path / CONFIG) as temporary:
-                temporary.write_text(config(str(path)))
-            return path
+    if wanted is not None and path.is_dir() and _claim(path):
+        with replacing(path / CONFIG) as temporary:
+            temporary.write_text(config(str(path)))
+        return path
     while path.exists():
         if wanted is not None:
             raise InputError(f"run_dir: {wanted!r} exists already; continue it with --resume {wanted}, or name another")
@@ -72,6 +70,19 @@ def create_run(wanted: str | None, default: str, config: Callable[[str], str]) -
         temporary.mkdir(parents=True)
         (temporary / CONFIG).write_text(config(str(path)))
     return path
+
+
+def _claim(path: Path) -> bool:
+    """Whether a directory was empty, and is this process's now. Raises InputError where nothing can be written."""
+    try:
+        if any(path.iterdir()):
+            return False
+        (path / FOLDER).mkdir()
+    except FileExistsError:  # of two processes one gets it
+        return False
+    except OSError as error:
+        raise InputError(f"run_dir: cannot write {path}: {error.strerror}") from error
+    return True
 
 
 def save(
@@ -91,9 +102,8 @@ def save(
     path = run / FOLDER / _folder(step)
     from cepo import card  # which reads runs, and so needs what is here
 
-    path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
         if (run / CONFIG).exists():  # else nobody knows what the run was

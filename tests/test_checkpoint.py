@@ -243,6 +243,15 @@ def test_a_new_run_never_touches_an_old_one(tmp_path: Path, monkeypatch: pytest.
     assert Path("empty", checkpoint.CONFIG).read_text() == "empty"
     with pytest.raises(InputError, match="exists already"):
         checkpoint.create_run("empty", "", lambda path: path)
+    Path("closed").mkdir()
+
+    def refuse(path: Path, *args: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as changed:
+        changed.setattr(Path, "mkdir", refuse)
+        with pytest.raises(InputError, match="run_dir: cannot write closed: Permission denied"):
+            checkpoint.create_run("closed", "", lambda path: path)
     with pytest.raises(InputError), checkpoint.replacing(first, fresh=True) as temporary:
         temporary.mkdir()
     assert (first / checkpoint.CONFIG).exists()

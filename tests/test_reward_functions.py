@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,6 +102,23 @@ def test_one_that_fails_is_named(tmp_path: Path, body: str, message: str, timeou
     with pytest.raises(InputError, match=message) as error:
         reward(tmp_path / "r.py", body, timeout)()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["import", "call", "failure"])
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_what_it_sets_for_all_of_torch_does_not_outlive_it(tmp_path: Path, where: str, timeout: float | None) -> None:
+    sets = "torch.set_grad_enabled(False), torch.set_default_dtype(torch.float64)"
+    failing = "\n    1 / 0" if where == "failure" else ""
+    body = f"import torch\n{sets if where == 'import' else ''}\n\ndef f(**columns):\n    {sets}{failing}\n    return [1, 2]"
+    try:
+        call = reward(tmp_path / "r.py", body, timeout)
+        assert (torch.is_grad_enabled(), torch.get_default_dtype()) == (True, torch.float32)
+        with pytest.raises(InputError, match="division") if failing else nullcontext():
+            call()
+        assert (torch.is_grad_enabled(), torch.get_default_dtype()) == (True, torch.float32)
+    finally:
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("name", ["no.such.module:f", "nowhere.py:f", "math:", ":f"])

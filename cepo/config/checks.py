@@ -18,3 +18,7 @@ def one_of(name: str, got: str, choices: Collection[str]) -> None:
 
 def check_seed(name: str, seed: int) -> None:
     require(0 <= seed < 1 << 63, name, "a number in [0, 2^63)", seed)
+
+
+def check_temperature(name: str, temperature: float) -> None:
+    require(1e-30 <= temperature <= 1e30, name, "a number in [1e-30, 1e30]", temperature)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cepo.config.checks import check_seed, one_of, require
+from cepo.config.checks import check_seed, check_temperature, one_of, require
 from cepo.errors import InputError
 
 HINT = "{prompt}\nHint: the answer is {answer}."
@@ -118,7 +118,7 @@ class RolloutConfig:
         require(cap is None or cap >= 1, "rollout.importance_cap", "a number, at least 1", cap)
         require(self.prompts >= 1, "rollout.prompts", "at least 1", self.prompts)
         require(self.group_size >= 1, "rollout.group_size", "at least 1", self.group_size)
-        require(0 < self.temperature < float("inf"), "rollout.temperature", "a number above 0", self.temperature)
+        check_temperature("rollout.temperature", self.temperature)
         require(self.max_new_tokens is None or self.max_new_tokens >= 1, "rollout.max_new_tokens", "at least 1",
                  self.max_new_tokens)  # fmt: skip
         require(self.batch_size >= 0, "rollout.batch_size", "at least 0", self.batch_size)
@@ -225,7 +225,7 @@ class EvalConfig:
         one_of("eval.split", self.split, ("validation", "test"))
         require(self.problems >= 1, "eval.problems", "at least 1", self.problems)
         require(self.every >= 0, "eval.every", "at least 0", self.every)
-        require(0 < self.temperature < float("inf"), "eval.temperature", "a number above 0", self.temperature)
+        check_temperature("eval.temperature", self.temperature)
         check_seed("eval.seed", self.seed)
 
 

@@ -15,7 +15,8 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -35,7 +36,8 @@ _GIVEN = ("prompt", "completion", "prompts", "completions", "completion_ids")
 def load(config: Config) -> Callable[..., list[float | None]]:
     """The function that `reward.name` names, its results checked. Raises InputError if there is none."""
     name, timeout = config.reward.name, config.reward.timeout_s
-    function = _imported(name)
+    with _torch_as_it_was():
+        function = _imported(name)
 
     def reward(
         prompts: Sequence[Prompt],
@@ -56,16 +58,31 @@ def load(config: Config) -> Callable[..., list[float | None]]:
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, completions, strict=True)
         ]
-        values = _within(
-            timeout,
-            name,
-            lambda: function(
-                prompts=list(prompts), completions=told, completion_ids=[list(ids) for ids in completion_ids], **columns
-            ),
-        )
+        with _torch_as_it_was():
+            values = _within(
+                timeout,
+                name,
+                lambda: function(
+                    prompts=list(prompts),
+                    completions=told,
+                    completion_ids=[list(ids) for ids in completion_ids],
+                    **columns,
+                ),
+            )
         return _checked(name, values, len(prompts))
 
     return reward
+
+
+@contextmanager
+def _torch_as_it_was() -> Iterator[None]:
+    """Whatever is set here for all of torch, the run goes on with what was set before."""
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
 
 
 def _imported(name: str) -> Callable[..., Any]:
