@@ -72,7 +72,13 @@ def _options(options: dict[str, Any]) -> str:
 
 
 def _measured(run: Path, step: int) -> str:
-    evaluated = [record for record in metrics.stream(run, "eval") if record["step"] <= step]
+    evaluated = [
+        record
+        for record in metrics.stream(run, "eval")
+        if record["step"] <= step
+        and record.keys() >= {"split", "problems"}
+        and all(metrics.is_number(record.get(name)) for name in ("sampled", "greedy"))
+    ]
     if not evaluated:
         return "Nothing was evaluated."
     lines = [

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -94,6 +94,11 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return None
     whole = isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
     return record if whole else None
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value of a record, which may be damaged, is a number that can be drawn."""
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def cut_back(run: Path, step: int | None) -> None:

@@ -18,7 +18,7 @@ import torch
 from test_trainer import small
 from tiny import one_thread  # noqa: F401
 
-from cepo import checkpoint, metrics, trainer
+from cepo import card, checkpoint, metrics, trainer
 from cepo.cli import main
 from cepo.errors import InputError
 from cepo.parts import load_parts
@@ -104,6 +104,25 @@ def test_a_picture_holds_no_more_of_a_long_run_than_it_shows(tmp_path: Path, mon
     assert [record["step"] for record in steps] == list(range(32, 1001, 32))
     assert steps[0] == {"step": 32, "entropy": 1.0}
     assert [record["step"] for record in evals] == [0, 999, 1000]
+
+
+def test_a_damaged_record_costs_what_is_damaged_and_nothing_else(tmp_path: Path) -> None:
+    train = {"kind": "train", "step": 2, "accuracy": 0.5, "entropy": 1.0, "lam": 0.5, "seconds": {"update": 1.0}}
+    evaluated = {"kind": "eval", "step": 2, "split": "test", "problems": 8, "sampled": 0.5, "greedy": 0.25}
+    lines = [train, {**train, "seconds": {"update": "x"}}, evaluated]
+    for record in (train, evaluated):
+        for key in record.keys() - {"kind", "step"}:
+            lines.append({name: value for name, value in record.items() if name != key})
+            lines += [{**record, key: value} for value in ("x", None, [], {}, 10**400)]
+    lines.append({**train, "step": 10**20})
+    (tmp_path / checkpoint.CONFIG).write_text("{}\n")
+    (tmp_path / metrics.FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert curves.draw(tmp_path).stat().st_size > 10_000
+    curves.overlay([tmp_path], tmp_path / "runs.svg")
+    steps, evals = curves._drawn(tmp_path)
+    assert sum("entropy" in record for record in steps) == len(steps) - 6  # ways to damage it
+    assert {"step": 2, "sampled": 0.5, "greedy": 0.25} in evals
+    assert "| 2 | test | 8 | 0.500 | 0.250 |" in card.text(tmp_path, 2)
 
 
 def test_no_flipped_bit_of_a_manifest_makes_it_another_checkpoint(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ FILE = "curves.png"
 _EVIDENCE = {"evidence_right": "right rollouts", "evidence_wrong": "wrong rollouts"}
 _VALUES = {"value_mean": "value before a segment", "value_outcome": "segments of rollouts that succeeded"}
 _SHOWN = ("step", "accuracy", "sampled", "greedy", "entropy", "zero_variance", *_EVIDENCE, *_VALUES, "divergence",
-          "lam", "seconds")  # fmt: skip
+          "lam")  # fmt: skip
 _MOST = 20_000  # steps of a run
 # Okabe and Ito's, which the colour-blind tell apart, without the yellow that white swallows.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -41,10 +41,11 @@ def draw(run: Path, out: Path | None = None) -> Path:
     _lines(evidence, steps, {"lam": "lambda"}, linestyle="--", color="grey")
     evidence.set(title="values, mean per segment" if valued else "teachers, mean per token (nats)")
     evidence.set_visible(evidence.has_data())
-    phases = list(dict.fromkeys(phase for record in steps for phase in record["seconds"]))
-    if steps:
-        times = [[record["seconds"].get(phase, 0.0) for record in steps] for phase in phases]
-        seconds.stackplot([record["step"] for record in steps], *times, labels=phases)
+    timed = [record for record in steps if "seconds" in record]
+    phases = list(dict.fromkeys(phase for record in timed for phase in record["seconds"]))
+    if phases:
+        times = [[record["seconds"].get(phase, 0.0) for record in timed] for phase in phases]
+        seconds.stackplot([record["step"] for record in timed], *times, labels=phases)
     seconds.set(title="seconds per step")
     for axes in (accuracy, entropy, evidence, seconds):
         _count(axes)
@@ -93,7 +94,9 @@ def _drawn(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         of = {"train": steps, "eval": evals}.get(record["kind"])
         if of is None or (of is steps and record["step"] % every):
             continue
-        of.append({name: record[name] for name in _SHOWN if name in record})
+        of.append({name: float(record[name]) for name in _SHOWN if metrics.is_number(record.get(name))})
+        if of is steps and isinstance(record.get("seconds"), dict):
+            of[-1]["seconds"] = {phase: x for phase, x in record["seconds"].items() if metrics.is_number(x)}
         if len(steps) > _MOST:
             every *= 2
             steps[:] = [record for record in steps if record["step"] % every == 0]
