@@ -109,7 +109,8 @@ def test_one_that_fails_is_named(tmp_path: Path, body: str, message: str, timeou
 def test_what_it_sets_for_all_of_torch_does_not_outlive_it(tmp_path: Path, where: str, timeout: float | None) -> None:
     sets = "torch.set_grad_enabled(False), torch.set_default_dtype(torch.float64)"
     failing = "\n    1 / 0" if where == "failure" else ""
-    body = f"import torch\n{sets if where == 'import' else ''}\n\ndef f(**columns):\n    {sets}{failing}\n    return [1, 2]"
+    first = sets if where == "import" else ""
+    body = f"import torch\n{first}\n\ndef f(**columns):\n    {sets}{failing}\n    return [1, 2]"
     try:
         call = reward(tmp_path / "r.py", body, timeout)
         assert (torch.is_grad_enabled(), torch.get_default_dtype()) == (True, torch.float32)

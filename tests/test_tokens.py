@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
 from dataclasses import asdict, replace
@@ -279,6 +280,8 @@ def test_colour_is_for_terminals_that_want_it(
         (["tokens", "run", "--html", "no/where.html"], ["--html", "no/where.html"]),
         (["tokens", "broken"], ["step-000003.json", "training run"]),
         (["tokens", "cut"], ["step-000003.json", "differ in length"]),
+        (["tokens", "bare"], ["RUN", "something to shade", "step 3"]),
+        (["tokens", "bare", "--html", "x.html"], ["RUN", "something to shade", "step 3"]),
         (["plot"], ["runs"]),
         (["plot", "nowhere"], ["RUN", "'nowhere'"]),
         (["plot", "empty"], ["RUN", "metrics.jsonl", "'empty'"]),
@@ -295,12 +298,44 @@ def test_bad_input_is_one_line(
     (run / "metrics.jsonl").write_text('{"kind": "eval", "step": 0, "sampled": 0.5, "greedy": 0.5}\n')
     kept(Path("empty"))
     (kept(Path("broken")) / "tokens/step-000003.json").write_text('{"groups": [{"rollouts": [1]}]}')
+    kept(Path("bare"), Sample(3, "cepo", 0.5, 0.5, []))
     kept(Path("cut"), Sample(3, "cepo", 0.5, 0.5, [Group("", "", [rollout(["a"], weight=[1.0, 1.0])])]))
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("cepo: error: ")
     assert captured.err.count("\n") == 1
     assert all(word in captured.err for word in words), captured.err
+
+
+def test_a_file_with_any_value_of_another_type_is_refused(run: Path) -> None:
+    path = run / "tokens/step-000001.json"
+    content = json.loads(path.read_text())
+    group = content["groups"][0]
+    rollout = group["rollouts"][0]
+    of_types: dict[str, list[Any]] = {
+        "prompt positive method": [5, True, None, ["x"]],
+        "answer negative": [5, True, ["x"]],
+        "reward advantage lam eps_w step": ["x", True, math.nan, 10**400, [1.0]],
+        "right truncated": [None, 1, "x"],
+        "tokens weight evidence": [None, "4", [5, "x"], ["x", None], [math.nan, 1.0], {"0": 1.0}],
+        "columns groups rollouts": [None, 5, "x", [5], {"x": 5}],
+    }
+    wrong = {key: odds for keys, odds in of_types.items() for key in keys.split()}
+    for part in (content, group, rollout, rollout["columns"]):
+        for key, before in list(part.items()):
+            for odd in wrong[key]:
+                part[key] = odd
+                path.write_text(json.dumps(content))
+                with pytest.raises(
+                    InputError, match=r"step-000001.json: expected what a training run writes there, got"
+                ):
+                    samples.read(path)
+            part[key] = before
+    path.write_text(json.dumps(content))
+    assert samples.read(path).groups[0].prompt == "1+1"
+    path.write_text("[" * 100_000)
+    with pytest.raises(InputError, match="expected what a training run writes"):
+        samples.read(path)
 
 
 def test_plot_lays_runs_over_each_other_by_name(

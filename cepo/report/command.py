@@ -14,7 +14,7 @@ from cepo import checkpoint, metrics
 from cepo.errors import InputError
 from cepo.report import curves, page, samples, terminal
 from cepo.report.samples import Sample
-from cepo.report.shades import CHOICES, COLUMNS, scales
+from cepo.report.shades import CHOICES, COLUMNS, scales, visible
 
 
 def tokens(parser: ArgumentParser, arguments: Sequence[str]) -> int:
@@ -38,6 +38,8 @@ def tokens(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     read = None if given.html is None else list(newest_first)
     sample = _newest(read or newest_first, COLUMNS[given.by or CHOICES[0]])
     known = scales(read or [sample])
+    if not known:
+        raise InputError(f"RUN: expected tokens with something to shade them by, got none in step {sample.step}")
     by = given.by or next(iter(known), None)
     if by not in known:
         raise InputError(f"--by: expected one of {', '.join(known)}, which step {sample.step} has, got {by!r}")
@@ -46,7 +48,7 @@ def tokens(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     if read is None:
         numbers = range(1, len(sample.groups) + 1) if given.prompt is None else [given.prompt]
         mixed = "" if sample.lam is None else f", lambda {sample.lam:g}"
-        print(f"step {sample.step} (kept: {kept}), {sample.method}{mixed}")
+        print(f"step {sample.step} (kept: {kept}), {visible(sample.method)}{mixed}")
         width, colour = shutil.get_terminal_size((100, 24)).columns, _coloured()
         text = terminal.draw(sample, by, known[by], numbers, max(width, 20), colour)
         encoding = sys.stdout.encoding or "utf-8"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from cepo.parts import Parts
 from cepo.update import Batch
 
 FOLDER = "tokens"
+_LARGEST = torch.finfo(torch.float32).max
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True)
@@ -155,16 +157,44 @@ def read(path: Path) -> Sample:
     """What a file holds. Raises InputError if that is not what `Recorder` writes."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        groups = [Group(**{**g, "rollouts": [Rollout(**r) for r in g["rollouts"]]}) for g in content["groups"]]
-        sample = Sample(**{**content, "groups": groups})
+        groups = [
+            _made(Group, {**g, "rollouts": [_made(Rollout, r) for r in g["rollouts"]]}) for g in content["groups"]
+        ]
+        sample = _made(Sample, {**content, "groups": groups})
         for rollout in (r for g in groups for r in g.rollouts):
             if any(len(column) != len(rollout.tokens) for column in rollout.columns.values()):
                 raise ValueError("columns and tokens differ in length")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: expected what a training run writes there, got {one_line(error)[:200]}") from error
     return sample
+
+
+def _made(kind: type[_Kind], values: dict[str, Any]) -> _Kind:
+    """One of the classes above. Raises TypeError for a value that is not of the type it is declared to be."""
+    made = kind(**values)
+    for name, hint in get_type_hints(kind).items():
+        if not _fits(values[name], hint):
+            raise TypeError(f"{name}: {values[name]!r:.60}, which is no {getattr(hint, '__name__', hint)}")
+    return made
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether JSON's `value` is of type `hint`, its numbers of a size that `_number` writes."""
+    outer, inner = get_origin(hint), get_args(hint)
+    if outer is dict:
+        return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
+    if outer is list:
+        hint = inner[0]
+    values = value if outer is list else [value]
+    types = {*(get_args(hint) or [hint])}
+    types |= {int} if float in types else set()
+    return (
+        isinstance(values, list)
+        and {*map(type, values)} <= types
+        and all(abs(x) <= _LARGEST for x in values if isinstance(x, int | float))
+    )
 
 
 def texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -192,5 +222,4 @@ def _number(value: float | None) -> float | None:
     """To six digits, as JSON can say it."""
     if value is None or math.isnan(value):
         return None
-    largest = torch.finfo(torch.float32).max
-    return float(f"{min(max(value, -largest), largest):.6g}")
+    return float(f"{min(max(value, -_LARGEST), _LARGEST):.6g}")
