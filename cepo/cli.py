@@ -187,6 +187,8 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Config, Namespace]:
         if "parsing config" in str(error):  # which does not say of what
             raise InputError(f"{', '.join(_values(arguments, '--config'))}: {error}") from error
         raise
+    except RecursionError as error:
+        raise InputError("options: expected values that end, got one inside itself, or nested too deep") from error
     except (TypeError, AttributeError, UnicodeDecodeError) as error:  # a file given to a section, of the wrong kind
         raise InputError(f"options: expected a value or YAML file for each, got {one_line(error)}") from error
     if command == "train" and parsed.resume != (resume[-1] if resume else None):
@@ -217,14 +219,16 @@ def _values(arguments: Sequence[str], name: str) -> list[str]:
 
 def _check_yaml(path: str) -> None:
     """Raise InputError for what would break the parser, and not be told by it."""
-    from cepo.config import Config
+    from cepo.config import Config, document
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = document.load(Path(path).read_text(encoding="utf-8"))
     except OSError:
         return  # which it does tell
     except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"--config: expected a YAML file, got {path!r}: {one_line(error)[:200]}") from error
+    except InputError as error:
+        raise InputError(f"--config: {path}: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"--config: {path}: expected sections, got {content!r:.60}")
     for field in fields(Config):

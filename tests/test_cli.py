@@ -95,6 +95,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--task.options", '{"max_new_tokens": 0}'], ["task.options", "at least 1", "0"]),
         (["train", "--task.options", '{"max_new_tokens": -4}'], ["task.options", "at least 1", "-4"]),
         (["train", "--task.options", '{"max_new_tokens": "abc"}'], ["task.options", "whole number", "'abc'"]),
+        (["train", "--task.options", "&x {a: *x}"], ["options", "inside itself"]),
         (["train", "--resume", ""], ["--resume", "''"]),
         (["train", "--resume="], ["--resume", "''"]),
         (["train", "--resum", "runs/x"], ["--resum"]),
@@ -147,6 +148,8 @@ def test_a_bad_jsonl_file_is_told_by_line(
         (b"", ["bad.yaml", "expected sections, got None"]),
         (b"\x89PNG\xff\x00", ["bad.yaml", "expected a YAML file"]),
         (b"resume: runs/x", ["--resume", "on the command line"]),
+        (b"task: {options: &x {a: *x}}", ["bad.yaml", "recursive", "line 1"]),
+        (b"train: {steps: 3,\n steps: 4}", ["bad.yaml", "line 1", "each key once", "'steps' twice"]),
     ],
 )
 def test_a_bad_yaml_file_is_one_line(capsys: pytest.CaptureFixture[str], text: bytes, words: list[str]) -> None:

@@ -73,6 +73,7 @@ def test_a_bad_plan_is_one_line(
     [
         ("methods:\n  cepo: {}\n  grpo: {}\n  cepo: {}\n", ["line 2", "each key once", "'cepo' twice"]),
         ("methods: [", ["plan.yaml", "YAML"]),
+        ("methods: &x [*x]", ["plan.yaml", "recursive", "line 1"]),
         ("", ["expected methods, tasks, seeds", "None"]),
         ("methods: {grpo: {}}\ntasks: {addition: {}}\n", ["seeds", "to be there"]),
     ],

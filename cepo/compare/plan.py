@@ -22,7 +22,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import yaml
 
 from cepo import cli
 from cepo.compare.files import digests, models
-from cepo.config import Config
+from cepo.config import Config, document
 from cepo.config.checks import check_seed, one_of, require
 from cepo.config.effects import require_effect
 from cepo.errors import InputError, one_line
@@ -185,7 +185,7 @@ def digest(value: Any) -> str:
 def load(path: str | Path) -> Plan:
     """Read and check a plan. Raises InputError, in one line, for the first mistake."""
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        content = document.load(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise InputError(f"expected {', '.join(_NEEDED)}, got {content!r:.60}")
         return _check(Path(path).stem, content)
@@ -308,20 +308,3 @@ def _config(where: str, flat: Mapping[str, str], own: Collection[str] = ()) -> C
         return config
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people read it: 1e-4 is a number, and a key given twice a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        merge = "tag:yaml.org,2002:merge"
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise InputError(f"line {node.start_mark.line + 1}: expected each key once, got {key!r} twice")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
