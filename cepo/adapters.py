@@ -6,13 +6,16 @@ gradient: the head's weight has none, and the kernels then compute none.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cepo import checkpoint
 from cepo.config import LoraConfig
 from cepo.errors import InputError, one_line
 
@@ -31,7 +34,36 @@ def base_of(source: str) -> str | None:
         raise InputError(f"policy.model: {path}: expected the name of a base model: {one_line(error)}") from error
     if not isinstance(base, str):
         raise InputError(f"policy.model: {path}: expected the name of a base model, got {base!r}")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise InputError(
+            f"policy.model: {source} is an adapter of {base}, which is gone (a run deletes its old checkpoints)"
+        )
     return base
+
+
+def digests(base: str, adapter: str | None = None) -> dict[str, Any]:
+    """Of the weights and config in directory `base`, by file; nothing of a model that is known by a name.
+
+    Raises InputError where they are not what they were when the checkpoint `adapter` was saved.
+    """
+    files = [file for end in ("*.safetensors", "*.bin", "config.json") for file in sorted(Path(base).glob(end))]
+    found = {file.name: checkpoint.digest(file) for file in files}
+    kept = None if adapter is None else checkpoint.base_of(Path(adapter))
+    if kept is not None and kept != found:
+        names = [name for name in {**kept, **found} if kept.get(name) != found.get(name)]
+        raise InputError(
+            f"policy.model: {adapter} is an adapter of {base} as it was before {', '.join(names)} changed there"
+        )
+    return found
+
+
+def settings(model: Any) -> LoraConfig | None:
+    """What the factors in `model` are; None: it has none."""
+    has = getattr(model, "peft_config", {}).get(NAME)
+    if has is None:
+        return None
+    names = has.target_modules
+    return LoraConfig(has.r, float(has.lora_alpha), names if isinstance(names, str) else sorted(names or ()))
 
 
 def add(model: Any, config: LoraConfig, source: str) -> None:
@@ -55,19 +87,41 @@ def add(model: Any, config: LoraConfig, source: str) -> None:
 
 
 def load(model: Any, source: str, wanted: LoraConfig | None) -> None:
-    """Give the base `model` the factors in `source`, to train on. Raises InputError if they are not as `wanted`."""
-    _peft()
+    """Give the base `model` the factors in `source`, to train on; on the meta device their shapes alone.
+
+    Raises InputError if they are not as `wanted`.
+    """
+    peft = _peft()
     try:
-        model.load_adapter(source, adapter_name=NAME, is_trainable=True)
+        if model.device.type == "meta":
+            model.add_adapter(peft.PeftConfig.from_pretrained(source), adapter_name=NAME)
+        else:
+            model.load_adapter(source, adapter_name=NAME, is_trainable=True)
     except Exception as error:  # a damaged file fails in whatever way the library that reads it does
         raise InputError(f"policy.model: cannot load the adapter {source!r}: {one_line(error)[:300]}") from error
+    kind = model.peft_config[NAME].peft_type
+    if kind != "LORA":
+        raise InputError(f"policy.model: expected an adapter of LoRA in {source}, got one of {kind}")
     _refuse_head(model)
-    has = model.peft_config[NAME]
-    for name, got in (("r", has.r), ("alpha", has.lora_alpha)):
-        if wanted is not None and getattr(wanted, name) != got:
+    if wanted is None:
+        return
+    with torch.device("meta"):
+        other = type(model)(copy.deepcopy(model.config))
+        add(other, wanted, source)
+    # Modules can be named in many ways, and which are meant depends on the model.
+    has, alike = settings(model), _places(model) == _places(other)
+    assert has is not None
+    for field in fields(wanted):
+        got, name = getattr(wanted, field.name), field.name
+        if got != getattr(has, name) and not (name == "target_modules" and alike):
             raise InputError(
-                f"policy.lora.{name}: expected {got:g}, which the adapter {source} has, got {getattr(wanted, name):g}"
+                f"policy.lora.{name}: expected {getattr(has, name)!r}, which the adapter {source} has, got {got!r}"
             )
+
+
+def _places(model: torch.nn.Module) -> set[str]:
+    """Names of the layers that have factors."""
+    return {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 def frozen_names(model: torch.nn.Module) -> set[str]:

@@ -7,7 +7,7 @@
                                      its model card README.md, and
                                      state.pt       the optimizer's, and that of `advantage.alpha: auto` and of
                                                     a distillation's teacher
-                                     manifest.json  step, and size and SHA-256 of every file
+                                     manifest.json  step, and size and SHA-256 of every file, and of those of an adapter's base
 
 Everything is written under a temporary name, flushed to disk and renamed. Schedules, data order and sampling noise are
 functions of the step, so the step is all that their state consists of. The lock is that of the process which trains.
@@ -93,11 +93,13 @@ def save(
     optimizer: dict[str, Any],
     keep: int,
     weights: dict[str, Tensor] | None = None,
+    base: dict[str, Any] | None = None,
     **state: Any,
 ) -> Path:
     """Write the checkpoint of `step`, then delete all but the `keep` newest. Raises InputError if it cannot.
 
-    optimizer: its state, of the whole; weights: those of the model, if it does not hold them all itself.
+    optimizer: its state, of the whole; weights: those of the model, if it does not hold them all itself; base:
+    digests of the files of the model that an adapter belongs to.
     """
     path = run / FOLDER / _folder(step)
     from cepo import card  # which reads runs, and so needs what is here
@@ -110,8 +112,9 @@ def save(
             sees = hasattr(tokenizer, "image_processor")  # then it is a processor
             (temporary / CARD).write_text(card.text(run, step, sees), encoding="utf-8")
         torch.save({"optimizer": optimizer, **state}, temporary / STATE)
-        files = {str(file.relative_to(temporary)): _digest(file) for file in _files(temporary)}
-        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+        files = {str(file.relative_to(temporary)): digest(file) for file in _files(temporary)}
+        manifest = {"step": step, "files": files, **({"base": base} if base else {})}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     drop_old(run, keep)
     return path
 
@@ -149,13 +152,13 @@ def save_teacher(run: Path, model: Any) -> list[Any]:
     """Write the weights of a run's fixed teacher; returns what `load_teacher` knows them by. Raises InputError."""
     with replacing(run / TEACHER) as temporary:
         torch.save(model.state_dict(), temporary)
-    return _digest(run / TEACHER)
+    return digest(run / TEACHER)
 
 
 def load_teacher(run: Path, written: list[Any]) -> dict[str, Tensor]:
     """The weights of a run's fixed teacher. Raises InputError if they are not as they were written."""
     path = run / TEACHER
-    if not path.is_file() or _digest(path) != written:
+    if not path.is_file() or digest(path) != written:
         got = "another file" if path.is_file() else "none"
         raise InputError(f"{path}: expected the fixed teacher as it was saved, got {got}")
     return _tensors(path)
@@ -164,6 +167,14 @@ def load_teacher(run: Path, written: list[Any]) -> dict[str, Tensor]:
 def step_of(path: Path) -> int:
     """The step of a checkpoint that is whole."""
     return int(json.loads((path / MANIFEST).read_text())["step"])
+
+
+def base_of(path: Path) -> dict[str, Any] | None:
+    """What the checkpoint of an adapter knows its base model by; None: nothing."""
+    with suppress(OSError, ValueError, AttributeError):
+        found: dict[str, Any] | None = json.loads((path / MANIFEST).read_text()).get("base")
+        return found
+    return None
 
 
 def saved(run: Path) -> bool:
@@ -287,7 +298,7 @@ def _damage(path: Path) -> str | None:
     for name, written in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _digest(path / name) != written:
+        if digest(path / name) != written:
             return f"{name} has changed"
     return None
 
@@ -296,7 +307,8 @@ def _folder(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _digest(path: Path) -> list[Any]:
+def digest(path: Path) -> list[Any]:
+    """Size and SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -246,7 +246,7 @@ def _train(arguments: list[str]) -> int:
 
 def _train_in(many: Alone, arguments: list[str]) -> int:
     config, parsed = many.together("options", lambda: parse("train", arguments))
-    from cepo import checkpoint, processes, trackers, trainer
+    from cepo import adapters, checkpoint, processes, trackers, trainer
     from cepo.parts import Parts, load_parts
     from cepo.policy import threads
     from cepo.progress import follow
@@ -278,6 +278,8 @@ def _train_in(many: Alone, arguments: list[str]) -> int:
         def loaded() -> Parts:
             trackers.check(config.log.trackers)
             parts = load_parts(config, None if start is None else str(start), many)
+            # Of an adapter that training goes on with the config says what it is.
+            config.policy.lora = config.policy.lora or adapters.settings(parts.policy.model)
             trainer.check_prompts(parts)
             return parts
 
@@ -329,6 +331,7 @@ def _check_resumed(config: Config, run: Path, done: int) -> None:
     for name, got, kept in (
         ("policy.model", config.policy.model, own.policy.model),
         ("policy.gguf_file", config.policy.gguf_file, own.policy.gguf_file),
+        ("policy.lora", config.policy.lora, own.policy.lora),
         ("run_dir", config.run_dir, own.run_dir),
     ):
         if got != kept:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from cepo import adapters
 from cepo.config import Config
@@ -76,8 +75,13 @@ def estimate(config: Config) -> Estimate:
     width = getattr(text, "head_dim", None) or hidden // heads
     queries, keys = heads * width, (getattr(text, "num_key_value_heads", None) or heads) * width
     parameters = sum(p.numel() for p in model.parameters())
-    trained = parameters if config.policy.lora is None else _factors(model, config)
     largest = max(p.numel() for p in model.parameters())
+    if source != named:
+        adapters.load(model, named, config.policy.lora)
+    elif config.policy.lora is not None:
+        adapters.add(model, config.policy.lora, source)
+    config.policy.lora = adapters.settings(model) if config.policy.lora is None else config.policy.lora
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     rollouts = config.rollout.prompts * config.rollout.group_size
     at_once = min(config.rollout.batch_size or rollouts, rollouts)
@@ -141,21 +145,6 @@ def report(config: Config) -> str:
 def _inner(text: Any) -> int:
     """The MLP's inner size."""
     return int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size)
-
-
-def _factors(model: Any, config: Config) -> int:
-    """Numbers in the factors of LoRA."""
-    assert config.policy.lora is not None
-    wanted, head = config.policy.lora.target_modules, model.get_output_embeddings()
-    names = [wanted] if isinstance(wanted, str) else wanted
-    chosen = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module is not head
-        and (wanted == "all-linear" or any(name == n or name.endswith(f".{n}") for n in names))
-    ]
-    return sum(config.policy.lora.r * (module.in_features + module.out_features) for module in chosen)
 
 
 def _resident() -> int:

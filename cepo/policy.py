@@ -12,7 +12,7 @@ import inspect
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class Policy:
     """`logit_scale` and `logit_softcap` for the kernels, where the head alone leaves them out."""
     vision: Vision | None = None
     """How images come into its prompts; None: not at all."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """What the model that its factors of LoRA stand beside is known by (`adapters.digests`)."""
 
     @property
     def device(self) -> torch.device:
@@ -127,7 +129,9 @@ def load_policy(config: PolicyConfig) -> Policy:
     elif config.lora is not None:
         adapters.add(model, config.lora, source)
     model.to(device=device)
-    return make_policy(model, tokenizer, compute_dtype=getattr(torch, config.compute_dtype))
+    policy = make_policy(model, tokenizer, compute_dtype=getattr(torch, config.compute_dtype))
+    beside = base is not None or config.lora is not None
+    return replace(policy, base=adapters.digests(source, named if base else None)) if beside else policy
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def train(parts: Parts, run: Path, start: Path | None = None) -> Iterator[Record
         many.together("checkpoint", partial(check_weights, step))
         policy, state = parts.policy, {"advantage": parts.adaptive.state} if parts.adaptive else {}
         state |= parts.self_teacher.state() if parts.self_teacher else {}
-        state |= {"weights": sharding.weights(policy.model)}
+        state |= {"weights": sharding.weights(policy.model), "base": policy.base}
         written = (run, step, policy.model, policy.processor, sharding.optimizer_state(optimizer))
         many.first("checkpoint", lambda: checkpoint.save(*written, config.checkpoint.keep, **state))
         return step

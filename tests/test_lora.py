@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 from test_checkpoint import TIMES, train
 from test_trainer import small, steps, weights
 from tiny import one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM
 
-from cepo import checkpoint, metrics, trainer
+from cepo import checkpoint, memory, metrics, trainer
 from cepo.cli import main, parse
-from cepo.config import LoraConfig, PolicyConfig
+from cepo.config import Config, LoraConfig, PolicyConfig
 from cepo.errors import InputError
 from cepo.parts import load_parts
-from cepo.policy import load_policy, response_logits
+from cepo.policy import EMBEDDED, load_policy, response_logits
 
 pytest.importorskip("peft")
 
@@ -114,10 +116,43 @@ def test_a_saved_adapter_is_evaluated_loaded_elsewhere_and_trained_on(
     assert {p.requires_grad for n, p in policy.model.named_parameters() if "lora_" in n} == {True}
     with pytest.raises(InputError, match=r"policy.lora.r: expected 2, which the adapter .* has, got 8"):
         load_policy(PolicyConfig(model=str(run), lora=LoraConfig()))
+    named = {name.split(".")[-4] for name in policy.model.state_dict() if "lora_A" in name}
+    load_policy(PolicyConfig(model=str(run), lora=LoraConfig(r=2, target_modules=sorted(named))))
+    for names, message in (("q_proj", "expected .*'q_proj'.*, which the adapter .* has, got 'q_proj'"),
+                           (["no_such"], ".*no_such")):  # fmt: skip
+        with pytest.raises(InputError, match=f"policy.lora.target_modules: {message}"):
+            load_policy(PolicyConfig(model=str(run), lora=LoraConfig(r=2, target_modules=names)))
+    for own in ("--policy.lora.target_modules=[q_proj]", "--policy.lora=null"):
+        assert main(["train", "--resume", str(run), own]) == 2
+        assert "--policy.lora: a resumed run keeps its own" in capsys.readouterr().err
+    on = ["train", "--policy.model", str(run), *options, "--run_dir", "on"]
+    assert main([*on, "--dry-run"]) == 0
+    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    said = capsys.readouterr().out
+    assert f"of which {trained:,} learn" in said
+    assert main(on) == 0
+    for config in (said[: said.index("\nparameters: ")], Path("on/config.yaml").read_text()):
+        assert yaml.safe_load(config)["policy"]["lora"] == asdict(LoraConfig(r=2, target_modules=sorted(named)))
+    assert "LoRA of `r: 2" in Path("on/checkpoints/step-000001/README.md").read_text()
     file = newest / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "/no/such"}))
-    with pytest.raises(InputError, match=r"cannot load '.*', an adapter of '/no/such': "):
-        load_policy(PolicyConfig(model=str(newest)))
+    for read in (load_policy, lambda policy: memory.estimate(Config(policy=policy))):
+        with pytest.raises(InputError, match=r"step-000001 is an adapter of /no/such, which is gone \("):
+            read(PolicyConfig(model=str(newest)))
+
+
+def test_a_base_that_is_not_what_it_was_is_noticed(tmp_path: Path) -> None:
+    run, base = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(EMBEDDED, base)
+    options: dict[str, Any] = {**LORA, "policy": {**LORA["policy"], "model": str(base)}}
+    train(run, **{**options, "train": {"steps": 1}})
+    newest = checkpoint.newest(run)
+    assert newest is not None
+    load_policy(PolicyConfig(model=str(run)))
+    weights = load_file(base / "model.safetensors")
+    save_file({name: value + 1e-3 for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"is an adapter of {base} as it was before model.safetensors changed there"):
+        train(run, newest, **{**options, "train": {"steps": 2}})
 
 
 @pytest.mark.parametrize(

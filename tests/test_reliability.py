@@ -89,7 +89,7 @@ def whole(path: Path, **files: bytes) -> Path:
     (path.parent.parent / checkpoint.CONFIG).write_text("{}\n")
     for name, content in files.items():
         (path / name.replace("_", ".")).write_bytes(content)
-    digests = {file.name: checkpoint._digest(file) for file in sorted(path.iterdir())}
+    digests = {file.name: checkpoint.digest(file) for file in sorted(path.iterdir())}
     manifest = {"step": int(path.name.removeprefix("step-")), "files": digests}
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest, indent=1))
     return path

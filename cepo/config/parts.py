@@ -46,7 +46,8 @@ class PolicyConfig:
         compute_dtype: float32, or bfloat16 by autocast; the weights are float32 either way.
         device: auto, cpu, cuda, cuda:1, ...
         threads: of the CPU; 0: one below ten million parameters, whose operations are too small to share, else all.
-        lora: train low-rank factors beside its layers alone (extra `[lora]`); null: train all its weights.
+        lora: train low-rank factors beside its layers alone (extra `[lora]`); null: train all its weights, or
+            the factors of an adapter that `model` is.
     """
 
     model: str = "embedded"
