@@ -7,7 +7,7 @@
                                      its model card README.md, and
                                      state.pt       the optimizer's, and that of `advantage.alpha: auto` and of
                                                     a distillation's teacher
-                                     manifest.json  step, and size and SHA-256 of every file, and of those of an adapter's base
+                                     manifest.json  step, and size and SHA-256 of every file and of an adapter's base
 
 Everything is written under a temporary name, flushed to disk and renamed. Schedules, data order and sampling noise are
 functions of the step, so the step is all that their state consists of. The lock is that of the process which trains.

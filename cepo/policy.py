@@ -182,10 +182,11 @@ def resolve(name: str) -> str:
         except ValueError as error:
             raise InputError(f"policy.model: {error}") from error
     path = Path(name).expanduser()
-    if (path / checkpoint.FOLDER).is_dir():
+    of_run = (path / checkpoint.CONFIG).is_file() and not (path / "config.json").is_file()
+    if of_run or (path / checkpoint.FOLDER).is_dir():
         found = checkpoint.newest(path)
         if found is None:
-            raise InputError(f"policy.model: the run {name!r} has no checkpoint yet")
+            raise InputError(f"policy.model: the run {name!r} has no checkpoint")
         return str(found)
     if path.is_dir():
         return str(path)

@@ -29,7 +29,8 @@ def follow(records: Iterable[dict[str, Any]], steps: int, done: int = 0) -> None
                     f"greedy {record['greedy']:.3f}  ({record['problems']} problems of {record['split']})"
                 )
                 continue
-            bar.set_postfix_str(f"reward {record['reward']:.2f} acc {record['accuracy'] or 0:.2f}", refresh=False)
+            reward = "" if record["reward"] is None else f"reward {record['reward']:.2f} "
+            bar.set_postfix_str(f"{reward}acc {record['accuracy'] or 0:.2f}", refresh=False)
             bar.update(step - bar.n)
             if record["skipped_updates"] and not warned:
                 warned = True

@@ -215,10 +215,10 @@ def squared_scores(rollouts: rollout.Rollouts, tokens: dict[str, Tensor]) -> Ten
     return torch.stack([-row.expm1().sum() for row in logprobs.split(lengths)])
 
 
-def mean_of(rewards: list[float | None]) -> float:
-    """Mean of those that could be scored, 0 if none could."""
+def mean_of(rewards: list[float | None]) -> float | None:
+    """Mean of those that could be scored, None if none could."""
     scored = [r for r in rewards if r is not None]
-    return sum(scored) / max(len(scored), 1)
+    return sum(scored) / len(scored) if scored else None
 
 
 def describe(

@@ -192,6 +192,12 @@ def test_a_damaged_model_is_one_line(
     assert words in message
 
 
+def test_a_run_without_a_checkpoint_is_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    Path("run/config.yaml").touch()
+    assert "policy.model: the run 'run' has no checkpoint" in refused(capsys, "eval", "--policy.model", "run")
+
+
 def test_a_prompt_longer_than_the_context_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [json.dumps({"prompt": f"{i} " * 600, "answer": str(i)}) for i in range(10)]
     Path("long.jsonl").write_text("\n".join(lines))

@@ -20,6 +20,7 @@ from cepo import axes, checkpoint, metrics
 from cepo.cli import main
 from cepo.config import AdvantageConfig, RewardConfig
 from cepo.errors import InputError
+from cepo.progress import follow
 from cepo.tasks import Problem
 
 NAN = float("nan")
@@ -142,6 +143,14 @@ def test_a_module_of_the_working_directory_is_found_and_trains_as_the_verifier_d
     assert mine[0]["loss"] == theirs[0]["loss"]
     assert mine[0]["accuracy"] == theirs[0]["accuracy"] > 0
     assert "" not in sys.path[:1]
+
+
+def test_no_reward_at_all_has_no_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.py").write_text("def f(prompts, **columns):\n    return [None] * len(prompts)")
+    _, records = steps(small(reward={"name": f"{tmp_path}/r.py:f"}), n=1)
+    assert (records[0]["reward"], records[0]["unscored"]) == (None, 1.0)
+    follow([{"kind": "train", "step": 1, **records[0]}], 1)
+    assert "reward 0" not in capsys.readouterr().err
 
 
 def test_options_that_do_not_belong_are_refused() -> None:
