@@ -137,7 +137,7 @@ def train(policy: str, steps: int, learning_rate: float, seed: int, rows: int = 
         return [(lesson.prompt, "", lesson.solution) for lesson in drawn]
 
     fit(model, tokenizer, steps, learning_rate, lambda: {"solutions": examples()})
-    assert {*met.values()} == {"sft"}, f"expected problems of 'sft' alone, got { ({*met.values()}) }"
+    assert set(met.values()) == {"sft"}, f"expected problems of 'sft' alone, got {set(met.values())}"
     assert not met.keys() & excluded, "expected problems that the policy was not taught"
     print(f"trained on {len(met)} problems of 'sft', none of the {len(excluded)} that the policy was taught")
     return model, tokenizer

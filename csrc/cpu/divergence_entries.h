@@ -6,10 +6,16 @@
 namespace cepo {
 namespace CEPO_ISA {
 
+// The largest, -inf of none; NaN is passed over.
+inline double highest(int64_t n, const double* x) {
+    double top = -INFINITY;
+    for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
 // -inf where all are; NaN where one is +inf or NaN.
 inline double logsumexp(int64_t n, const double* x) {
-    double top = -INFINITY, total = 0.0;
-    for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
+    double top = highest(n, x), total = 0.0;
     if (top == -INFINITY) top = 0.0;
     for (int64_t i = 0; i < n; ++i) total += exp(x[i] - top);
     return top + log(total);
@@ -29,8 +35,7 @@ inline double solve(int64_t n, double* students, const double* teachers, const D
 }
 
 inline void from_top(int64_t n, double* x) {
-    double top = -INFINITY;
-    for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
+    const double top = highest(n, x);
     for (int64_t i = 0; i < n && fabs(top) < INFINITY; ++i) x[i] -= top;
 }
 // Of a log-ratio summed in float32 from columns whose KL is `excess`, which bounds the sum of their p |log p / q|.
@@ -40,8 +45,7 @@ inline double ratio_error(double excess) { return 4e-7 * sqrt(2.0 * fmax(excess,
 struct Tail {
     double top, log_total;
 
-    Tail(int64_t n, double* x) : top(-INFINITY) {
-        for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
+    Tail(int64_t n, double* x) : top(highest(n, x)) {
         if (fabs(top) == INFINITY) top = 0.0;
         for (int64_t i = 0; i < n; ++i) x[i] -= top;
         log_total = logsumexp(n, x);
